@@ -1,0 +1,28 @@
+"""Functional, stateless adapters for PyTorch, over dense and quantized bases."""
+
+from fadapt.adapter import count, fold, init, scale_by
+from fadapt.bases import Base, Dense, base_of, register_base
+from fadapt.functional import Forward, bind
+from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.method import Method
+from fadapt.random import dropout_seeds
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Base",
+    "Dense",
+    "Forward",
+    "LoRA",
+    "LoRABiasParams",
+    "LoRAParams",
+    "Method",
+    "base_of",
+    "bind",
+    "count",
+    "dropout_seeds",
+    "fold",
+    "init",
+    "register_base",
+    "scale_by",
+]

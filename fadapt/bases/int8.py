@@ -1,0 +1,296 @@
+"""torchao's ``Int8Tensor`` (0.18): int8 weights by row, tensor or group; weight-only, or with
+activations rounded to int8 on the fly (dynamic) or by fixed scales (static).
+
+The numbers follow ``torchao/quantization/quantize_/workflows/int8/int8_tensor.py``.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchao.quantization import Int8Tensor
+from torchao.quantization.quant_primitives import MappingType
+
+from fadapt._pytree import frozen_pytree
+from fadapt.bases.dense import check_weight_shape
+from fadapt.bases.op import FrozenLinear
+from fadapt.bases.precision import autocast_input, gemm_dtype
+from fadapt.bases.protocol import register_weight
+from fadapt.errors import UnsupportedLayerError
+
+
+class Activation(NamedTuple):
+    """How the activation is rounded to int8 before the product; the range is symmetric round 0."""
+
+    per_row: bool  # a scale a token, or one for the whole tensor
+    asymmetric: bool  # with a zero point
+    quant_min: int  # -128, or -64 where torchao's reduce_range is set
+    quant_max: int
+
+
+class _Format(NamedTuple):
+    dtype: torch.dtype
+    per_group: bool
+    asymmetric: bool  # the activation's zero point is not always 0
+
+
+@frozen_pytree
+@dataclass(frozen=True)
+class Int8:
+    """``W = (qdata - zero_point) * scale``, one scale a block of ``block_size`` elements.
+
+    Attributes:
+        qdata: int8 ``[out, in]``.
+        scale: ``[out, 1]`` (per row), ``[1, 1]`` (per tensor) or ``[out, in / g]`` (per group).
+        block_size: ``(1, in)``, ``(out, in)`` or ``(1, g)``.
+        dtype: the float dtype the weight was quantized from, and is dequantized to.
+        bias: ``[out]`` or None.
+        zero_point: like ``scale``, or None for all zeros.
+        activation: None for weight-only.
+        act_scale, act_zero_point: fixed scales of a static activation, else None.
+        act_pre_scale: ``[in]``, multiplied into x first (SmoothQuant, AWQ), else None.
+        settings: torchao's own ``act_quant_kwargs`` and ``reduce_range``, to write W back with.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    block_size: tuple[int, int]
+    dtype: torch.dtype
+    bias: Tensor | None = None
+    zero_point: Tensor | None = None
+    activation: Activation | None = None
+    act_scale: Tensor | None = None
+    act_zero_point: Tensor | None = None
+    act_pre_scale: Tensor | None = None
+    settings: tuple[Any, bool] = (None, False)
+
+    @property
+    def in_features(self) -> int:
+        return self.qdata.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        return self.qdata.shape[-2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.qdata.device
+
+    def linear(self, x: Tensor) -> Tensor:
+        """``W x + b``, ``[..., in] -> [..., out]`` in x's dtype.
+
+        The derivative is that of the exact product with W: straight through the activation's
+        rounding, where there is one (torchao's own raises under ``grad``).
+        """
+        x = autocast_input(x)
+        dtype = x.dtype
+        if self.act_pre_scale is not None:
+            x = x * self.act_pre_scale
+        static = _Format(
+            self.dtype,
+            per_group=self.block_size[1] < self.in_features,
+            asymmetric=self.activation is not None and self.activation.asymmetric,
+        )
+        zero_point = () if self.zero_point is None else (self.zero_point,)
+        weight = (self.qdata, self.scale, *zero_point)
+        if self.activation is None:
+            y = _op(x, weight, static)
+        elif torch.compiler.is_compiling():
+            # What is compiled is differentiated through the body, and an integer product has no
+            # derivative: multiply the rounded activation instead, straight through the rounding.
+            rounded, scale, zero = _round_activation(x.detach(), self)
+            flat = (rounded.float() - zero.float()) * scale.float()
+            y = _op(x.float() + (flat - x.detach().float()), weight, static)
+        else:
+            y = _op.straight_through(x, _round_activation(x.detach(), self), weight, static)
+        y = y.to(dtype)
+        return y if self.bias is None else (y + self.bias).to(dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W ``[out, in]``, bit for bit torchao's ``Int8Tensor.dequantize``."""
+        return _dequantize(self.qdata, self.scale, self.zero_point, dtype or self.dtype)
+
+    def requantize(self, weight: Tensor) -> "Int8":
+        """W ``[out, in]`` on this base's grid, or on a wider one where it does not fit.
+
+        A block's scale is kept while the block fits its range, so that requantizing an unchanged
+        weight gives back the same bytes (fresh symmetric scales would shrink by 0.4 % a pass). A
+        block that does not fit gets the symmetric scale amax / 127.5 that torchao gives.
+        """
+        check_weight_shape(self, weight)
+        low, high = (-64, 63) if self.settings[1] else (-128, 127)
+        blocks = _blocks(weight.float(), self.scale)
+        scale = self.scale.float().unsqueeze(-1)
+        zero = 0.0 if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
+        steps = (blocks / scale).round() + zero
+        fits = ((steps >= low) & (steps <= high)).all(-1, keepdim=True)
+        amax = blocks.abs().amax(-1, keepdim=True)
+        eps = torch.finfo(torch.float32).eps
+        fresh = (amax / ((high - low) / 2)).clamp(min=eps)
+        scale = torch.where(fits, scale, fresh)
+        zero = torch.where(fits, zero, 0.0)
+        qdata = ((blocks / scale).round() + zero).clamp(low, high).to(torch.int8)
+        return replace(
+            self,
+            qdata=qdata.reshape(self.qdata.shape),
+            scale=scale.squeeze(-1).to(self.scale.dtype),
+            zero_point=None
+            if self.zero_point is None
+            else zero.squeeze(-1).to(self.zero_point.dtype),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """``{"weight": Int8Tensor, "bias": ...}``, which torchao runs as it is."""
+        kwargs, reduce_range = self.settings
+        zero = self.zero_point
+        weight = Int8Tensor(
+            self.qdata,
+            self.scale,
+            list(self.block_size),
+            self.dtype,
+            zero_point=torch.zeros_like(self.scale, dtype=torch.int8) if zero is None else zero,
+            act_quant_scale=self.act_scale,
+            act_quant_zero_point=self.act_zero_point,
+            act_pre_scale=self.act_pre_scale,
+            act_quant_kwargs=kwargs,
+            reduce_range=reduce_range,
+        )
+        return {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
+
+
+def _blocks(values: Tensor, scale: Tensor) -> Tensor:
+    """``[out, in]`` seen as ``[*scale.shape, elements of a block]``."""
+    if scale.shape[0] == 1 and values.shape[0] != 1:
+        return values.reshape(1, 1, -1)
+    return values.reshape(*scale.shape, -1)
+
+
+def _dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    # torchao's order of rounding: the integer in the output dtype, then times the scale.
+    blocks = _blocks(qdata.to(dtype), scale)
+    if zero_point is not None:
+        blocks = blocks - zero_point.to(dtype).unsqueeze(-1)
+    return (blocks * scale.unsqueeze(-1)).to(dtype).reshape(qdata.shape)
+
+
+def _multiply(
+    x: Tensor, static: _Format, qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None
+) -> Tensor:
+    compute = gemm_dtype(x)
+    if static.per_group or zero_point is not None:
+        weight = _dequantize(qdata, scale, zero_point, static.dtype)
+        return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
+    y = x.to(compute) @ qdata.to(compute).mT
+    return (y * scale.to(compute).flatten()).to(x.dtype)
+
+
+def _transposed(
+    g: Tensor, static: _Format, qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None
+) -> Tensor:
+    compute = gemm_dtype(g)
+    if static.per_group or zero_point is not None:
+        weight = _dequantize(qdata, scale, zero_point, static.dtype)
+        return (g.to(compute) @ weight.to(compute)).to(g.dtype)
+    return ((g.to(compute) * scale.to(compute).flatten()) @ qdata.to(compute)).to(g.dtype)
+
+
+def _round_activation(x: Tensor, base: Int8) -> tuple[Tensor, Tensor, Tensor]:
+    """x ``[..., in]`` as int8, with its scale and zero point, each ``[..., 1]``."""
+    kind = base.activation
+    assert kind is not None
+    if base.act_scale is not None:
+        scale = base.act_scale.reshape(-1)[:1]
+        zero = torch.zeros_like(scale) if base.act_zero_point is None else base.act_zero_point
+        zero = zero.reshape(-1)[:1]
+    else:
+        over = (-1,) if kind.per_row else tuple(range(x.dim()))
+        low = x.amin(over, keepdim=True).clamp(max=0)
+        high = x.amax(over, keepdim=True).clamp(min=0)
+        eps = torch.finfo(torch.float32).eps
+        span = kind.quant_max - kind.quant_min
+        if kind.asymmetric:
+            scale = ((high - low) / span).clamp(min=eps)
+            zero = (kind.quant_min - (low / scale).round()).clamp(kind.quant_min, kind.quant_max)
+        else:
+            scale = (torch.maximum(-low, high) / (span / 2)).clamp(min=eps)
+            zero = torch.zeros_like(scale)
+        scale = scale.float()
+    steps = (x * (1.0 / scale)).round() + zero
+    rounded = steps.clamp(kind.quant_min, kind.quant_max).to(torch.int8)
+    rows = (*x.shape[:-1], 1)
+    return rounded, scale.expand(rows), zero.to(torch.int8).expand(rows)
+
+
+def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int8 ``a [m, k]`` times int8 ``b [n, k]`` transposed, exactly, as int32 or float64."""
+    m, k, n = a.shape[0], a.shape[1], b.shape[0]
+    if a.device.type == "cpu" or (m > 16 and k % 8 == 0 and n % 8 == 0):
+        return torch._int_mm(a.contiguous(), b.t())
+    return a.double() @ b.double().t()  # exact too: |sum| < 2**53
+
+
+def _dynamic(
+    x: Tensor,
+    static: _Format,
+    rounded: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    rows = rounded.reshape(-1, rounded.shape[-1])
+    x_scale = x_scale.reshape(-1, 1)
+    # int8_tensor.py: scaled in float32, rounded to the output's dtype, then the weight's scale.
+    y = (_int_matmul(rows, qdata) * x_scale).to(x.dtype)
+    if static.asymmetric:
+        sums = qdata.sum(-1).to(x_scale.dtype)
+        y = y - ((x_zero.reshape(-1, 1).to(x_scale.dtype) * x_scale) * sums).to(x.dtype)
+    return (y * scale.flatten()).to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
+
+
+_op = FrozenLinear(_multiply, _transposed, rounded=_dynamic, n_aux=3)
+
+
+def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
+    if weight.dim() != 2:
+        raise UnsupportedLayerError(
+            f"An Int8Tensor of shape {tuple(weight.shape)}; fadapt adapts linears, [out, in]."
+        )
+    kwargs = weight.act_quant_kwargs
+    activation = None
+    if kwargs is not None:
+        low, high = (-64, 63) if kwargs.reduce_range else (-128, 127)
+        activation = Activation(
+            per_row=type(kwargs.granularity).__name__ == "PerRow",
+            asymmetric=kwargs.mapping_type == MappingType.ASYMMETRIC,
+            quant_min=low,
+            quant_max=high,
+        )
+    zero, bias = weight.zero_point, module.bias
+    if zero is not None and not bool(zero.any()):
+        zero = None  # symmetric: torchao stores zeros, and skipping them saves a pass over W
+    if activation is not None and (zero is not None or weight.block_size[1] < weight.shape[1]):
+        raise UnsupportedLayerError(
+            "An Int8Tensor that rounds its activations and whose weight is asymmetric or per "
+            f"group (block_size {list(weight.block_size)}): torchao's own linear ignores the "
+            "zero points there, and takes no groups. Quantize the weight per row, symmetrically."
+        )
+    return Int8(
+        qdata=weight.qdata.detach(),
+        scale=weight.scale.detach(),
+        block_size=(weight.block_size[0], weight.block_size[1]),
+        dtype=weight.dtype,
+        bias=None if bias is None else bias.detach(),
+        zero_point=zero,
+        activation=activation,
+        act_scale=weight.act_quant_scale,
+        act_zero_point=weight.act_quant_zero_point,
+        act_pre_scale=weight.act_pre_scale,
+        settings=(kwargs, bool(weight.reduce_range)),
+    )
+
+
+register_weight(Int8Tensor, _read)

@@ -1,0 +1,286 @@
+"""``bind``: a model and a method become a pure function of the adapter's parameters.
+
+The function runs a *shell*: a copy of the model's module tree that shares every tensor with it, in
+which each target layer is replaced by an :class:`AdaptedLinear`. ``torch.func.functional_call``
+hands the shell its parameters for the time of one call. The model itself is never touched.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fadapt.bases import Base, base_of
+from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
+from fadapt.method import Method
+from fadapt.random import keep_mask
+from fadapt.targets import find_targets, match_list
+
+Adapter = Mapping[str, Any]
+Dropout = Tensor | torch.Generator | Mapping[str, Tensor] | None
+
+
+class AdaptedLinear(nn.Module):
+    """A target layer inside a shell: its base, and room for one layer's parameters.
+
+    Attributes:
+        base: the frozen layer.
+        method: the hyperparameters at this layer.
+        base_layer: the layer itself, for code that asks a linear for its ``weight`` or
+            ``in_features``.
+    """
+
+    def __init__(self, layer: nn.Module, base: Base, method: Method, number: int):
+        super().__init__()
+        self.base_layer = layer
+        self.base = base
+        self.method = method
+        self.number = number
+        for name in (*method.params_type._fields, "dropout_seed", "dropout_keep"):
+            self.register_buffer(name, None, persistent=False)
+        # Hooks that were set on the layer fire as they did.
+        self._forward_hooks = layer._forward_hooks
+        self._forward_hooks_with_kwargs = layer._forward_hooks_with_kwargs
+        self._forward_pre_hooks = layer._forward_pre_hooks
+        self._forward_pre_hooks_with_kwargs = layer._forward_pre_hooks_with_kwargs
+        self.train(layer.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        kind = self.method.params_type
+        values = [getattr(self, name) for name in kind._fields]
+        if values[0] is None:
+            return self.base.linear(x)
+        return self.method.apply(self.base, kind(*values), x, self._keep(x))
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        keep: Tensor | None = self.dropout_keep
+        seed: Tensor | None = self.dropout_seed
+        if seed is None:
+            return keep
+        # Another stream for each layer: an odd multiplier spreads the layers over all seeds.
+        return keep_mask(seed + self.number * 0x9E3779B1, x.shape, self.method.dropout)
+
+
+class Forward:
+    """What :func:`bind` returns: ``forward(params, *args, **kwargs)``.
+
+    Attributes:
+        method: the method that it was bound with.
+        shell: the copy of the module tree that it runs.
+        layers: ``{path: AdaptedLinear}``, the adapted layers of the shell.
+        saved: ``{path: names of its parameters}`` of ``modules_to_save``.
+    """
+
+    def __init__(
+        self,
+        shell: nn.Module,
+        layers: Mapping[str, AdaptedLinear],
+        saved: Mapping[str, Sequence[str]],
+        method: Method,
+    ):
+        self.shell = shell
+        self.layers = dict(layers)
+        self.saved = dict(saved)
+        self.method = method
+        self._buffers = [
+            (name, buffer)
+            for name, buffer in shell.named_buffers(remove_duplicate=False)
+            if ".base_layer." not in f".{name}"
+        ]
+
+    def __repr__(self) -> str:
+        return f"Forward({type(self.shell).__name__}, {len(self.layers)} layers, {self.method})"
+
+    def __call__(
+        self, params: Adapter | None, *args: Any, dropout: Dropout = None, **kwargs: Any
+    ) -> Any:
+        """The model's own call, adapted.
+
+        Args:
+            params: the adapter; None for the base alone.
+            *args: the model's positional inputs.
+            dropout: None for no dropout. Else an int64 seed ``[]`` (see
+                :func:`fadapt.dropout_seeds`; map over ``[K]`` of them for K adapters), a
+                ``torch.Generator`` that one seed is drawn from, or masks ``{path: keep}``, boolean,
+                each shaped as its layer's input.
+            **kwargs: the model's keyword inputs.
+
+        Returns:
+            Whatever the model returns.
+
+        Raises:
+            AdapterError: a path is missing or unknown, or a shape or dtype does not fit.
+        """
+        tensors = self._seeds(dropout)
+        if params is not None:
+            self._check(params)
+            for path, leaf in params.items():
+                fields = leaf._asdict() if hasattr(leaf, "_asdict") else leaf
+                tensors |= {join(path, name): tensor for name, tensor in fields.items()}
+        # A forward may write to its buffers (running statistics): let it write to copies.
+        copies: dict[int, Tensor] = {}
+        for name, buffer in self._buffers:
+            tensors.setdefault(name, copies.setdefault(id(buffer), buffer.clone()))
+        return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+
+    def _check(self, params: Adapter) -> None:
+        expected = self.layers.keys() | self.saved.keys()
+        if params.keys() != expected:
+            missing, unknown = expected - params.keys(), params.keys() - expected
+            hint = near(min(unknown), expected) if unknown else ""
+            raise AdapterError(
+                f"the adapter's paths are not those that were bound: {len(missing)} missing "
+                f"{sorted(missing)[:4]}, {len(unknown)} unknown {sorted(unknown)[:4]}.{hint} Bind "
+                "with the method that the adapter was made with."
+            )
+        for path, layer in self.layers.items():
+            layer.method.check(layer.base, params[path], path)
+        for path, names in self.saved.items():
+            if set(params[path]) != set(names):
+                raise AdapterError(
+                    f"module {path!r} is saved whole: expected the parameters {list(names)}, got "
+                    f"{sorted(params[path])}."
+                )
+
+    def _seeds(self, dropout: Dropout) -> dict[str, Tensor]:
+        if dropout is None:
+            return {}
+        if self.method.dropout == 0:
+            raise ConfigError("dropout= was given, but the method's dropout is 0.")
+        if isinstance(dropout, Mapping):
+            if dropout.keys() != self.layers.keys():
+                odd = sorted(dropout.keys() ^ self.layers.keys())
+                raise AdapterError(f"dropout masks: one a layer is needed; not so for {odd[:4]}.")
+            return {join(path, "dropout_keep"): keep for path, keep in dropout.items()}
+        if isinstance(dropout, torch.Generator):
+            if torch._C._are_functorch_transforms_active():
+                raise ConfigError(
+                    "inside a torch.func transform a generator would give every adapter one mask: "
+                    "draw seeds outside, fadapt.dropout_seeds(generator, K), and map over them."
+                )
+            dropout = torch.randint(0, 2**31, (), generator=dropout, device=dropout.device)
+        return {join(path, "dropout_seed"): dropout for path in self.layers}
+
+
+def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = None) -> Forward:
+    """A pure forward of ``model`` with the adapters of ``method``.
+
+    It shares every tensor with the model, detached: no gradient ever reaches the model. Modes
+    (train or eval) are the model's at the time of binding. Buffers that a forward writes to are
+    written in a copy and forgotten. Calls of one ``Forward`` from several threads at once are not
+    supported (``functional_call`` lends the shell its tensors): bind one for each.
+
+    Args:
+        model: any ``nn.Module``; left as it is.
+        method: which layers, and how.
+        state: ``{name: tensor}`` that stand in for the model's own parameters and buffers: the
+            residual state that PiSSA and OLoRA return, or a merged state.
+
+    Returns:
+        ``forward(params, *args, **kwargs)``; see :class:`Forward`.
+
+    Raises:
+        TargetError: patterns and layers do not meet (see :func:`fadapt.targets.find_targets`).
+        UnsupportedLayerError: a target has no base.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())
+        >>> method = fadapt.LoRA(rank=2)
+        >>> params = fadapt.init(method, model, generator=torch.Generator().manual_seed(0))
+        >>> forward = fadapt.bind(model, method)
+        >>> x = torch.ones(3, 4)
+        >>> torch.equal(forward(params, x), model(x))
+        True
+    """
+    targets = layers_of(model, method)
+    shell = share(model, state or {})
+    names = {id(m): path for path, m in targets.items()}
+    at = method.at(list(targets))
+    layers: dict[str, AdaptedLinear] = {}
+    for alias, module in model.named_modules(remove_duplicate=False):
+        path = names.get(id(module))
+        if path is None:
+            continue
+        if path not in layers:
+            layer = shell.get_submodule(alias)
+            layers[path] = AdaptedLinear(layer, read(path, layer), at[path], len(layers))
+        if alias:
+            shell.set_submodule(alias, layers[path])
+        else:
+            shell = layers[path]
+    return Forward(shell, layers, saved_modules(model, method), method)
+
+
+def layers_of(model: nn.Module, method: Method) -> dict[str, nn.Module]:
+    """The layers of ``model`` that ``method`` adapts, by path."""
+    return find_targets(
+        model,
+        method.targets,
+        method.exclude,
+        method.layers_to_transform,
+        method.layers_pattern,
+        method.modules_to_save,
+    )
+
+
+def saved_modules(model: nn.Module, method: Method) -> dict[str, list[str]]:
+    """``{path: names of its parameters}`` of the modules that ``modules_to_save`` names."""
+    paths = [name for name, _ in model.named_modules()]
+    found = match_list(method.modules_to_save, paths, "modules_to_save")
+    saved = {p: [n for n, _ in model.get_submodule(p).named_parameters()] for p in sorted(found)}
+    for path in saved:
+        if any(path != other and path.startswith(f"{other}.") for other in saved):
+            raise TargetError(f"modules_to_save: {path!r} lies inside another saved module.")
+    return saved
+
+
+def read(path: str, layer: nn.Module) -> Base:
+    """``base_of``, with the path in the error."""
+    try:
+        return base_of(layer)
+    except UnsupportedLayerError as error:
+        raise UnsupportedLayerError(f"layer {path!r}: {error}") from error
+
+
+def share(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the module tree that shares every tensor with the model, detached.
+
+    Args:
+        model: left as it is.
+        state: tensors that stand in for those of the model with these names.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        # vars() holds parameters, buffers, and tensors kept as plain attributes.
+        for tensor in tree_leaves(vars(module)):
+            if isinstance(tensor, Tensor):
+                memo[id(tensor)] = _frozen(tensor, tensor)
+    for name, tensor in state.items():
+        if name not in named:
+            raise AdapterError(f"state: the model has no tensor {name!r}.{near(name, named)}")
+        memo[id(named[name])] = _frozen(tensor, named[name])
+    return copy.deepcopy(model, memo)
+
+
+def _frozen(tensor: Tensor, like: Tensor) -> Tensor:
+    if isinstance(like, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=False)
+    return tensor.detach()
+
+
+def join(path: str, name: str) -> str:
+    """``path.name``; the model itself has the path ``""``."""
+    return f"{path}.{name}" if path else name

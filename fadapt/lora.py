@@ -1,0 +1,284 @@
+"""LoRA, whole: ``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+Parameters, hyperparameters, initialisation, forward: all that LoRA is, over any base.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fadapt.bases import Base
+from fadapt.errors import AdapterError, ConfigError
+from fadapt.random import draw
+from fadapt.targets import ALL_LINEAR, pattern_values
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
+
+
+class LoRAParams(NamedTuple):
+    """``lora_A [r, in]`` and ``lora_B [out, r]``, in one floating dtype."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+
+class LoRABiasParams(NamedTuple):
+    """As :class:`LoRAParams`, and ``lora_bias [out]``."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_bias: Tensor
+
+
+Params = LoRAParams | LoRABiasParams
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """LoRA's hyperparameters. Names and defaults are PEFT's, less its prefixes.
+
+    Args:
+        rank: r, at least 1.
+        alpha: the update is scaled by ``alpha / rank``; None means ``alpha = rank``.
+        targets: which layers (see :func:`fadapt.targets.find_targets`).
+        exclude: which of them not.
+        layers_to_transform: indices of the blocks to adapt; all, if empty.
+        layers_pattern: names of the lists of blocks that those indices count in.
+        rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732, eq. 4).
+        dropout: probability of zeroing an element of A's input, in [0, 1). It acts only in a
+            forward that is given ``dropout=``.
+        lora_bias: learn a bias ``[out]`` beside B, scaled like the update.
+        rank_pattern: ``{regular expression for the end of a path: rank}``.
+        alpha_pattern: ``{regular expression for the end of a path: alpha}``.
+        init: ``"kaiming"`` (A uniform in ±1/sqrt(in), B = 0), ``"gaussian"`` (A normal with
+            std 1/r, B = 0), ``"orthogonal"`` (B A = 0 with neither zero), ``"pissa"`` (Meng et al.
+            2024, arXiv:2404.02948) or ``"olora"`` (Büyükakyüz 2024, arXiv:2406.01775).
+        modules_to_save: modules trained whole, beside the adapters.
+        dtype: of the parameters; None means float32 (float64 over a float64 base).
+
+    Raises:
+        ConfigError: a value out of range, or an unknown ``init``.
+
+    Example:
+        >>> import fadapt
+        >>> fadapt.LoRA(rank=16, alpha=32, targets=["q_proj", "v_proj"]).scaling
+        2.0
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: str | Sequence[str] = ALL_LINEAR
+    exclude: str | Sequence[str] = ()
+    layers_to_transform: Sequence[int] = ()
+    layers_pattern: Sequence[str] = ()
+    rslora: bool = False
+    dropout: float = 0.0
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    init: str = "kaiming"
+    modules_to_save: Sequence[str] = ()
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        blocks = self.layers_to_transform
+        blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
+        object.__setattr__(self, "layers_to_transform", blocks)
+        for name in ("layers_pattern", "modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank must be an integer of at least 1, got {rank!r}.")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not math.isfinite(alpha):
+                raise ConfigError(f"alpha must be a finite number, got {alpha!r}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout!r}.")
+        if self.init not in INITS:
+            raise ConfigError(f"init must be one of {', '.join(INITS)}; got {self.init!r}.")
+        if self.init == "orthogonal" and any(
+            r % 2 for r in (self.rank, *self.rank_pattern.values())
+        ):
+            raise ConfigError(f"init='orthogonal' needs an even rank, got {self.rank}.")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ConfigError(f"dtype must be a floating-point dtype, got {self.dtype}.")
+
+    @property
+    def scaling(self) -> float:
+        """What ``B A`` is multiplied by: ``alpha / rank``, or ``alpha / sqrt(rank)``."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def params_type(self) -> type[LoRAParams] | type[LoRABiasParams]:
+        """The NamedTuple of one layer's parameters."""
+        return LoRABiasParams if self.lora_bias else LoRAParams
+
+    def at(self, paths: Sequence[str]) -> dict[str, "LoRA"]:
+        """The hyperparameters of each layer, the patterns applied.
+
+        Raises:
+            TargetError: a key of a pattern matches none of the paths.
+        """
+        ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
+        alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
+        plain = replace(self, rank_pattern={}, alpha_pattern={})
+        return {
+            p: replace(plain, rank=ranks.get(p, self.rank), alpha=alphas.get(p, self.alpha))
+            for p in paths
+        }
+
+    def init_layer(
+        self, base: Base, generator: torch.Generator | None
+    ) -> tuple[Params, Base | None]:
+        """One layer's fresh parameters; and for PiSSA and OLoRA the base that they need.
+
+        Args:
+            base: the layer's base.
+            generator: where numbers are drawn; PiSSA and OLoRA draw none.
+        """
+        dtype = self.dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        residual: Base | None = None
+        if self.init in ("pissa", "olora"):
+            A, B = self._factors(base)
+            # Rounded to the parameters' dtype first: the residual then makes up for that too.
+            A, B = A.to(dtype), B.to(dtype)
+            delta = (B.double() @ A.double()) * self.scaling
+            weight = base.dequantize().double() - delta
+            residual = base.requantize(weight.to(torch.promote_types(base.dtype, torch.float32)))
+        else:
+            if generator is None:
+                raise ConfigError(
+                    f"init={self.init!r} draws random numbers: pass "
+                    "generator=torch.Generator().manual_seed(...). The global one is never read."
+                )
+            A, B = self._drawn(base, generator)
+            A, B = A.to(base.device, dtype), B.to(base.device, dtype)
+        if self.lora_bias:
+            bias = torch.zeros(base.out_features, dtype=dtype, device=base.device)
+            return LoRABiasParams(A, B, bias), residual
+        return LoRAParams(A, B), residual
+
+    def _drawn(self, base: Base, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        r, n_in, n_out = self.rank, base.in_features, base.out_features
+        zeros = torch.zeros(n_out, r)
+        if self.init == "kaiming":
+            # kaiming_uniform with a = sqrt(5), as nn.Linear and loralib: the bound is 1/sqrt(in).
+            return (2 * draw((r, n_in), generator, "uniform") - 1) / math.sqrt(n_in), zeros
+        if self.init == "gaussian":
+            return draw((r, n_in), generator) / r, zeros
+        # PEFT's orthogonal_init: A and B live in complementary halves of one orthogonal matrix.
+        q, _ = torch.linalg.qr(draw((r, r), generator))
+        A = (draw((n_in, r // 2), generator) @ q[0::2]).T / 10
+        B = draw((n_out, r // 2), generator) @ q[1::2] / 10
+        return A.contiguous(), B
+
+    def _factors(self, base: Base) -> tuple[Tensor, Tensor]:
+        weight = base.dequantize(torch.promote_types(base.dtype, torch.float32))
+        r = self.rank
+        if r > min(weight.shape):
+            raise ConfigError(
+                f"init={self.init!r} takes rank {r} of a weight of shape {tuple(weight.shape)}: "
+                f"the rank can be at most {min(weight.shape)}."
+            )
+        if self.init == "olora":
+            q, upper = torch.linalg.qr(weight)
+            return upper[:r].contiguous(), q[:, :r].contiguous()
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = (s[:r] / self.scaling).sqrt()
+        return root[:, None] * vh[:r], u[:, :r] * root
+
+    def check(self, base: Base, params: Any, path: str) -> None:
+        """Raise AdapterError unless ``params`` fits the layer. Any rank will do."""
+        kind = self.params_type
+        if getattr(params, "_fields", None) != kind._fields:
+            raise AdapterError(
+                f"layer {path!r}: expected a {kind.__name__} {kind._fields}, got "
+                f"{type(params).__name__}. Make parameters with fadapt.init or fadapt.load_peft."
+            )
+        A, B = params.lora_A, params.lora_B
+        want = f"lora_A [r, {base.in_features}] and lora_B [{base.out_features}, r]"
+        if (
+            A.dim() != 2
+            or B.dim() != 2
+            or A.shape[1] != base.in_features
+            or B.shape[0] != base.out_features
+            or A.shape[0] != B.shape[1]
+        ):
+            stacked = A.dim() == 3
+            hint = " A stack goes through torch.func.vmap(forward, (0, ...))." if stacked else ""
+            raise AdapterError(
+                f"layer {path!r}: expected {want}, got lora_A {list(A.shape)} and lora_B "
+                f"{list(B.shape)}.{hint}"
+            )
+        if not (A.dtype == B.dtype and A.dtype.is_floating_point):
+            raise AdapterError(
+                f"layer {path!r}: lora_A and lora_B must share one floating dtype, got {A.dtype} "
+                f"and {B.dtype}."
+            )
+
+    def apply(self, base: Base, params: Params, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``W x + b + s B A x`` for x ``[..., in]``: ``[..., out]`` in the base's result dtype.
+
+        Args:
+            base: the frozen layer.
+            params: its parameters; the update is computed in their dtype.
+            x: ``[..., in]``.
+            keep: boolean, shaped as x: which elements of A's input dropout lets through.
+        """
+        y = base.linear(x)
+        A, B = params.lora_A, params.lora_B
+        h = x.to(A.dtype)
+        if keep is not None:
+            h = h * keep / (1 - self.dropout)
+        h = F.linear(h, A)
+        if self.scaling != 1:
+            h = h * self.scaling  # on [..., r], the smallest tensor there is here
+        update = F.linear(h, B)
+        if isinstance(params, LoRABiasParams):
+            update = update + params.lora_bias * self.scaling
+        return y + update.to(y.dtype)
+
+    def fold(self, params: Params, scaling: float | Tensor) -> Params:
+        """The same update with ``scaling`` moved into B (and the bias)."""
+        folded = params._replace(lora_B=params.lora_B * scaling)
+        if isinstance(folded, LoRABiasParams):
+            return folded._replace(lora_bias=folded.lora_bias * scaling)
+        return folded
+
+    def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
+        """``W + s B A``, for the rows ``rows`` of W that ``weight [rows, in]`` holds.
+
+        Computed and returned in the wider of the two dtypes.
+        """
+        return weight + self._delta(params, rows)
+
+    def unmerge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
+        """``W - s B A``: the inverse of :meth:`merge`, up to rounding."""
+        return weight - self._delta(params, rows)
+
+    def merge_bias(self, bias: Tensor | None, params: Params) -> Tensor | None:
+        """``b + s lora_bias``; ``b`` itself without a learned bias."""
+        if not isinstance(params, LoRABiasParams):
+            return bias
+        update = params.lora_bias * self.scaling
+        return update if bias is None else bias + update
+
+    def unmerge_bias(self, bias: Tensor | None, params: Params) -> Tensor | None:
+        """The inverse of :meth:`merge_bias`, up to rounding."""
+        if bias is None or not isinstance(params, LoRABiasParams):
+            return bias
+        return bias - params.lora_bias * self.scaling
+
+    def _delta(self, params: Params, rows: slice) -> Tensor:
+        return (params.lora_B[rows] * self.scaling) @ params.lora_A

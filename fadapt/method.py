@@ -1,0 +1,71 @@
+"""What a method is: how an adapter's parameters change a frozen base. It knows no format."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fadapt.bases import Base
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyperparameters whose functions are pure (:class:`fadapt.LoRA`).
+
+    One layer's parameters are a NamedTuple of tensors, every one of them trainable.
+    """
+
+    @property
+    def targets(self) -> str | Sequence[str]: ...
+
+    @property
+    def exclude(self) -> str | Sequence[str]: ...
+
+    @property
+    def layers_to_transform(self) -> Sequence[int]: ...
+
+    @property
+    def layers_pattern(self) -> Sequence[str]: ...
+
+    @property
+    def modules_to_save(self) -> Sequence[str]: ...
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def params_type(self) -> Any:
+        """The NamedTuple class of one layer's parameters."""
+        ...
+
+    def at(self, paths: Sequence[str]) -> dict[str, Any]:
+        """The method as it stands at each of these layers: any pattern of paths applied."""
+        ...
+
+    def init_layer(self, base: Base, generator: torch.Generator | None) -> tuple[Any, Base | None]:
+        """One layer's fresh parameters; and the base that they need, if not the one given."""
+        ...
+
+    def check(self, base: Base, params: Any, path: str) -> None:
+        """Raise AdapterError unless one layer's parameters fit its base. Reads shapes alone."""
+        ...
+
+    def apply(self, base: Base, params: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The adapted layer, ``[..., in] -> [..., out]``; ``keep`` is dropout's mask."""
+        ...
+
+    def merge(self, weight: Tensor, params: Any, rows: slice = slice(None)) -> Tensor:
+        """Rows ``rows`` of the adapted weight, from the same rows of W ``[rows, in]``."""
+        ...
+
+    def unmerge(self, weight: Tensor, params: Any, rows: slice = slice(None)) -> Tensor:
+        """The inverse of :meth:`merge`."""
+        ...
+
+    def merge_bias(self, bias: Tensor | None, params: Any) -> Tensor | None:
+        """The bias ``[out]`` of the merged layer, from that of the base."""
+        ...
+
+    def unmerge_bias(self, bias: Tensor | None, params: Any) -> Tensor | None:
+        """The inverse of :meth:`merge_bias`."""
+        ...
