@@ -6,6 +6,7 @@ from fadapt.functional import Forward, bind
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
 from fadapt.random import dropout_seeds
+from fadapt.stacking import StackedLoRA, stack, unstack
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "LoRABiasParams",
     "LoRAParams",
     "Method",
+    "StackedLoRA",
     "base_of",
     "bind",
     "count",
@@ -25,4 +27,6 @@ __all__ = [
     "init",
     "register_base",
     "scale_by",
+    "stack",
+    "unstack",
 ]

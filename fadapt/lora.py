@@ -249,13 +249,6 @@ class LoRA:
             update = update + params.lora_bias * self.scaling
         return y + update.to(y.dtype)
 
-    def fold(self, params: Params, scaling: float | Tensor) -> Params:
-        """The same update with ``scaling`` moved into B (and the bias)."""
-        folded = params._replace(lora_B=params.lora_B * scaling)
-        if isinstance(folded, LoRABiasParams):
-            return folded._replace(lora_bias=folded.lora_bias * scaling)
-        return folded
-
     def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
         """``W + s B A``, for the rows ``rows`` of W that ``weight [rows, in]`` holds.
 
