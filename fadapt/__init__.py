@@ -3,6 +3,7 @@
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.functional import Forward, bind
+from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
 from fadapt.random import dropout_seeds
@@ -29,4 +30,5 @@ __all__ = [
     "scale_by",
     "stack",
     "unstack",
+    "value_and_grad",
 ]

@@ -150,10 +150,14 @@ def _eager(
                 ]
                 return Eager.apply(x.movedim(x_dim, 0), static, *aux, *tensors[n_aux:]), 0
 
-            # Bases that are themselves stacked: plain torch is vmap-able as it stands.
-            def one(x: Tensor, *tensors: Tensor) -> Tensor:
-                return body(x, static, *tensors)
+            # Bases that are themselves stacked: a product for each.
+            def at(tensor: Tensor, dim: int | None, k: int) -> Tensor:
+                return tensor if dim is None else tensor.select(dim, k)
 
-            return torch.func.vmap(one, in_dims=(x_dim, *dims))(x, *tensors), 0
+            each = [
+                Eager.apply(at(x, x_dim, k), static, *map(at, tensors, dims, [k] * len(dims)))
+                for k in range(info.batch_size)
+            ]
+            return torch.stack(each), 0
 
     return Eager

@@ -1,0 +1,52 @@
+"""value_and_grad: torch.func's own result, by plain autograd."""
+
+import torch
+from torch import nn
+from torch.func import grad_and_value, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fadapt as fa
+
+
+def case():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    method = fa.LoRA(rank=2)
+    params = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    params = {p: leaf._replace(lora_B=leaf.lora_B + 0.1) for p, leaf in params.items()}
+    return fa.bind(model, method), params, torch.randn(4, 5, dtype=torch.float64)
+
+
+def test_equals_torch_func_alone_and_under_vmap():
+    forward, params, x = case()
+
+    def loss(p, x):
+        return forward(p, x).square().mean()
+
+    value, grads = fa.value_and_grad(loss)(params, x)
+    want, value_ = grad_and_value(loss)(params, x)
+    assert torch.equal(value, value_)
+    torch.testing.assert_close(grads, want, rtol=1e-12, atol=1e-14)  # float64, another order
+    assert not value.requires_grad
+    assert not grads["0"].lora_A.requires_grad
+    many = fa.stack([params, params])
+    values, grads = vmap(fa.value_and_grad(loss), in_dims=(0, None))(many, x)
+    torch.testing.assert_close(values, torch.stack([value, value]))
+    torch.testing.assert_close(fa.unstack(grads)[1], want)
+
+
+def test_leaves_without_a_path_to_the_loss_get_zeros_and_inputs_stay_as_they_are():
+    _, params, _ = case()
+    _, grads = fa.value_and_grad(lambda p: p["0"].lora_A.sum())(params)
+    assert grads["2"].lora_B.count_nonzero() == 0
+    assert grads["0"].lora_A.eq(1).all()
+    assert not any(leaf.requires_grad for leaf in params["0"])
+
+
+def test_checkpoint_inside():
+    forward, params, x = case()
+    plain = fa.value_and_grad(lambda p: forward(p, x).square().mean())(params)
+    again = fa.value_and_grad(
+        lambda p: checkpoint(forward, p, x, use_reentrant=False).square().mean()
+    )(params)
+    torch.testing.assert_close(plain, again, rtol=0, atol=0)
