@@ -90,7 +90,8 @@ def main() -> None:
         f"4 int8 layers of {width} x {width}, {dtype}, rank {args.rank} in {kind}, {tokens} tokens"
     )
     print(
-        f"{'K':>4} {'PEFT loop':>12} {'fadapt':>12} {'base alone':>12} {'PEFT/fadapt':>12} {'fadapt/base':>12}"
+        f"{'K':>4} {'PEFT loop':>12} {'fadapt':>12} {'base alone':>12} "
+        f"{'PEFT/fadapt':>12} {'fadapt/base':>12}"
     )
     model = base_model(width, dtype, args.device)
     for k in args.k:
