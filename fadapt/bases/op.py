@@ -15,6 +15,7 @@ Three ways in, because no single one passes everything (torch 2.13):
   right.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -61,14 +62,14 @@ class FrozenLinear:
                     return self._multiply(x, static, *tensors)
                 slots = (*tensors, *[None] * (4 - len(tensors)))
                 return self._compiled.apply(x, static, *slots)  # type: ignore[no-any-return]
-            return self._eager.apply(x, static, *tensors)  # type: ignore[no-any-return]
+            return self._eager(x, static, *tensors)
 
     def straight_through(
         self, x: Tensor, aux: Sequence[Tensor], tensors: Sequence[Tensor], static: Any
     ) -> Tensor:
         """The rounded product, with the derivatives of the exact one. Eager mode only."""
         with _without_autocast(x):
-            return self._rounded.apply(x, static, *aux, *tensors)  # type: ignore[no-any-return]
+            return self._rounded(x, static, *aux, *tensors)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -101,16 +102,19 @@ def _compiled(multiply: Multiply, transposed: Multiply) -> Any:
     return Compiled
 
 
-def _eager_pair(multiply: Multiply, transposed: Multiply) -> tuple[Any, Any]:
-    down: Any = _eager(multiply, lambda: up, lambda: down)
-    up: Any = _eager(transposed, lambda: down, lambda: up)
+def _eager_pair(multiply: Multiply, transposed: Multiply) -> tuple[Multiply, Multiply]:
+    down: Multiply = _eager(multiply, lambda: up, lambda: down)
+    up: Multiply = _eager(transposed, lambda: down, lambda: up)
     return down, up
 
 
 def _eager(
-    body: Multiply, adjoint: Callable[[], Any], tangent: Callable[[], Any], n_aux: int = 0
-) -> Any:
-    """The Function for eager mode; ``adjoint`` and ``tangent`` name those of its derivatives."""
+    body: Multiply,
+    adjoint: Callable[[], Multiply],
+    tangent: Callable[[], Multiply],
+    n_aux: int = 0,
+) -> Multiply:
+    """The op for eager mode; ``adjoint`` and ``tangent`` name those of its derivatives."""
 
     class Eager(Function):
         @staticmethod
@@ -132,12 +136,12 @@ def _eager(
                     "linear() differentiates with respect to its input alone; to train what a "
                     "base holds, differentiate through base.dequantize() instead."
                 )
-            dx = adjoint().apply(g, ctx.static, *tensors) if ctx.needs_input_grad[0] else None
+            dx = adjoint()(g, ctx.static, *tensors) if ctx.needs_input_grad[0] else None
             return (dx, None, *[None] * (n_aux + len(tensors)))
 
         @staticmethod
         def jvp(ctx: Any, tx: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-            return tangent().apply(tx, ctx.static, *ctx.saved_tensors)  # type: ignore[no-any-return]
+            return tangent()(tx, ctx.static, *ctx.saved_tensors)
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, x: Tensor, static: Any, *tensors: Tensor) -> Any:
@@ -148,16 +152,33 @@ def _eager(
                     a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
                     for a, d in zip(tensors[:n_aux], dims, strict=False)
                 ]
-                return Eager.apply(x.movedim(x_dim, 0), static, *aux, *tensors[n_aux:]), 0
+                return run(x.movedim(x_dim, 0), static, *aux, *tensors[n_aux:]), 0
 
             # Bases that are themselves stacked: a product for each.
             def at(tensor: Tensor, dim: int | None, k: int) -> Tensor:
                 return tensor if dim is None else tensor.select(dim, k)
 
             each = [
-                Eager.apply(at(x, x_dim, k), static, *map(at, tensors, dims, [k] * len(dims)))
+                run(at(x, x_dim, k), static, *map(at, tensors, dims, [k] * len(dims)))
                 for k in range(info.batch_size)
             ]
             return torch.stack(each), 0
 
-    return Eager
+    # apply() of a Function with setup_context inspects forward's signature at every call, which
+    # costs more than a small product. So its signature is kept; and outside of the transforms,
+    # which alone need setup_context, a Function without it runs.
+    Eager.forward.__signature__ = inspect.signature(Eager.forward)  # type: ignore[attr-defined]
+
+    class Plain(Eager):
+        setup_context = Function.setup_context
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, static: Any, *tensors: Tensor) -> Tensor:  # type: ignore[override]
+            Eager.setup_context(ctx, (x, static, *tensors), x)
+            return body(x, static, *tensors)
+
+    def run(x: Tensor, static: Any, *tensors: Tensor) -> Tensor:
+        kind = Eager if torch._C._are_functorch_transforms_active() else Plain
+        return kind.apply(x, static, *tensors)  # type: ignore[no-any-return]
+
+    return run
