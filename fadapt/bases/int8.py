@@ -14,7 +14,7 @@ from torchao.quantization.quant_primitives import MappingType
 
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.dense import check_weight_shape
-from fadapt.bases.op import FrozenLinear
+from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import register_weight
 from fadapt.errors import UnsupportedLayerError
@@ -206,7 +206,7 @@ def _product(rows: Tensor, qdata: Tensor, dim: int) -> Tensor:
     between cast and product, and no large buffer is allocated, faulted in and given back at every
     call. Casting W whole takes twice as long, measured over a step of four 1024 x 1024 layers.
     """
-    if qdata.device.type != "cpu" or torch.compiler.is_compiling():
+    if qdata.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(rows):
         weight = qdata.to(rows.dtype)
         return rows @ (weight.mT if dim == 0 else weight)
     blocks = qdata.split(max(32, 2**20 // (qdata.shape[1 - dim] * rows.element_size())), dim)
@@ -252,7 +252,8 @@ def _round_activation(x: Tensor, base: Int8) -> tuple[Tensor, Tensor, Tensor]:
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """int8 ``a [m, k]`` times int8 ``b [n, k]`` transposed, exactly, as int32 or float64."""
     m, k, n = a.shape[0], a.shape[1], b.shape[0]
-    if a.device.type == "cpu" or (m > 16 and k % 8 == 0 and n % 8 == 0):
+    usable = a.device.type == "cpu" or (m > 16 and k % 8 == 0 and n % 8 == 0)
+    if usable and not is_batched(a):
         return torch._int_mm(a.contiguous(), b.t())
     return a.double() @ b.double().t()  # exact too: |sum| < 2**53
 

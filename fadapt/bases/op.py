@@ -72,6 +72,17 @@ class FrozenLinear:
             return self._rounded(x, static, *aux, *tensors)
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether a body's input is wrapped by a vmap, where ``out=`` and ``_int_mm`` have no rule.
+
+    ``torch.func.vmap`` never gets that far (see ``vmap`` below), but the older one inside
+    ``torch.autograd`` does: ``is_grads_batched=True``, ``functional.jacobian(vectorize=True)``,
+    gradcheck.
+    """
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     # A body that upcasts (see precision.py) must not be cast down again by autocast; the caller
     # has already brought x to autocast's dtype.
