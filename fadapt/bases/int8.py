@@ -29,7 +29,8 @@ class Activation(NamedTuple):
     quant_max: int
 
 
-class _Format(NamedTuple):
+@dataclass(frozen=True, slots=True)  # not a NamedTuple, which vmap would take apart at every call
+class _Format:
     dtype: torch.dtype
     per_group: bool
     asymmetric: bool  # the activation's zero point is not always 0
