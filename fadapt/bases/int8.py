@@ -31,7 +31,8 @@ class Activation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)  # not a NamedTuple, which vmap would take apart at every call
 class _Format:
-    dtype: torch.dtype
+    dtype: torch.dtype  # that W is dequantized to
+    result: torch.dtype  # that of the layer's output
     per_group: bool
     asymmetric: bool  # the activation's zero point is not always 0
 
@@ -90,23 +91,27 @@ class Int8:
             x = x * self.act_pre_scale
         static = _Format(
             self.dtype,
+            dtype,
             per_group=self.block_size[1] < self.in_features,
             asymmetric=self.activation is not None and self.activation.asymmetric,
         )
         zero_point = () if self.zero_point is None else (self.zero_point,)
         weight = (self.qdata, self.scale, *zero_point)
         if self.activation is None:
-            y = _op(x, weight, static)
-        elif torch.compiler.is_compiling():
-            # What is compiled is differentiated through the body, and an integer product has no
-            # derivative: multiply the rounded activation instead, straight through the rounding.
-            rounded, scale, zero = _round_activation(x.detach(), self)
-            flat = (rounded.float() - zero.float()) * scale.float()
-            y = _op(x.float() + (flat - x.detach().float()), weight, static)
+            y = _op(x, weight, static).to(dtype)
         else:
-            y = _op.straight_through(x, _round_activation(x.detach(), self), weight, static)
-        y = y.to(dtype)
-        return y if self.bias is None else (y + self.bias).to(dtype)
+            # torchao's scale is float32: the product stays so until the bias has been added.
+            wide = x.to(torch.promote_types(x.dtype, self.scale.dtype))
+            aux = _round_activation(x.detach(), self)
+            if torch.compiler.is_compiling():
+                # What is compiled is differentiated through the body, and an integer product has
+                # no derivative: multiply the rounded activation, straight through the rounding.
+                rounded, scale, zero = aux
+                flat = (rounded.to(wide.dtype) - zero.to(wide.dtype)) * scale.to(wide.dtype)
+                y = _op(wide + (flat - wide.detach()), weight, static)
+            else:
+                y = _op.straight_through(wide, aux, weight, static)
+        return (y if self.bias is None else y + self.bias).to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W ``[out, in]``, bit for bit torchao's ``Int8Tensor.dequantize``."""
@@ -186,7 +191,7 @@ def _multiply(
         return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
     rows = x.to(compute).reshape(-1, x.shape[-1])
     y = _product(rows, qdata, 0) * scale.to(compute).flatten()
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 
 
 def _transposed(
@@ -197,7 +202,7 @@ def _transposed(
         weight = _dequantize(qdata, scale, zero_point, static.dtype)
         return (g.to(compute) @ weight.to(compute)).to(g.dtype)
     rows = (g.to(compute) * scale.to(compute).flatten()).reshape(-1, g.shape[-1])
-    return _product(rows, qdata, 1).to(g.dtype).reshape(*g.shape[:-1], -1)
+    return _product(rows, qdata, 1).to(g.dtype).reshape(*g.shape[:-1], qdata.shape[1])
 
 
 def _product(rows: Tensor, qdata: Tensor, dim: int) -> Tensor:
@@ -273,11 +278,11 @@ def _dynamic(
 ) -> Tensor:
     rows = rounded.reshape(-1, rounded.shape[-1])
     x_scale = x_scale.reshape(-1, 1)
-    # int8_tensor.py: scaled in float32, rounded to the output's dtype, then the weight's scale.
-    y = (_int_matmul(rows, qdata) * x_scale).to(x.dtype)
+    # int8_tensor.py: scaled in float32, rounded to the result's dtype, then the weight's scale.
+    y = (_int_matmul(rows, qdata) * x_scale).to(static.result)
     if static.asymmetric:
         sums = qdata.sum(-1).to(x_scale.dtype)
-        y = y - ((x_zero.reshape(-1, 1).to(x_scale.dtype) * x_scale) * sums).to(x.dtype)
+        y = y - ((x_zero.reshape(-1, 1).to(x_scale.dtype) * x_scale) * sums).to(static.result)
     return (y * scale.flatten()).to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 
 

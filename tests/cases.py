@@ -1,0 +1,185 @@
+"""The rows of the law table (test_laws.py, test_compile.py): bases and methods.
+
+A new format adds a line to ``BASES``, a new method a line to ``METHODS``, and nothing else.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    PerGroup,
+    PerRow,
+    quantize_,
+)
+
+import fadapt as fa
+from fadapt.bases.precision import CPU_GEMM_DTYPES
+
+N_IN, N_HIDDEN, N_OUT, K = 16, 8, 8, 3
+
+
+class BaseRow(NamedTuple):
+    """A layer in some format.
+
+    Attributes:
+        name: how the row is called in the test's id.
+        layer: ``(n_in, n_out) -> layer`` with a bias; the same weights at every call.
+        dtype: of the activations.
+        rounds: the activation is rounded too, and derivatives pass straight through that.
+        bound: of ``|forward(None) - module|``, as a share of the largest output; 0: same bytes.
+        gradcheck: x may be float64, and the layer is smooth in it.
+        compiled: test_compile.py runs it as well (seconds a row).
+    """
+
+    name: str
+    layer: Callable[[int, int], nn.Module]
+    dtype: torch.dtype
+    rounds: bool = False
+    bound: float = 0.0
+    gradcheck: bool = False
+    compiled: bool = False
+
+
+class MethodRow(NamedTuple):
+    """A method, and whether test_compile.py runs it as well."""
+
+    name: str
+    method: fa.Method
+    compiled: bool = False
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def dense(n_in: int, n_out: int, dtype: torch.dtype = F32) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(n_in, n_out).to(dtype)
+
+
+def torchao(config: Callable[[], Any], dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
+    """Layers quantized by torchao's ``quantize_``."""
+
+    def layer(n_in: int, n_out: int) -> nn.Module:
+        one = dense(n_in, n_out, dtype)
+        quantize_(one, config())
+        return one
+
+    return layer
+
+
+def row() -> Any:
+    return Int8WeightOnlyConfig(granularity=PerRow())
+
+
+def group() -> Any:
+    return Int8WeightOnlyConfig(granularity=PerGroup(4))
+
+
+dynamic = Int8DynamicActivationInt8WeightConfig
+
+
+def lowered(dtype: torch.dtype) -> float:
+    """The vendor multiplies in x's dtype; on a CPU that only emulates it we do so in float32, and
+    round once instead of after the product and after the scale."""
+    return 0.0 if dtype in CPU_GEMM_DTYPES else 2 * torch.finfo(dtype).eps
+
+
+BASES = (
+    BaseRow("dense-f64", lambda i, o: dense(i, o, F64), F64, gradcheck=True),
+    BaseRow("dense-f32", lambda i, o: dense(i, o, F32), F32, compiled=True),
+    BaseRow("dense-bf16", lambda i, o: dense(i, o, BF16), BF16, bound=lowered(BF16)),
+    BaseRow("dense-f16", lambda i, o: dense(i, o, F16), F16, bound=lowered(F16)),
+    BaseRow("int8-row-f32", torchao(row, F32), F32, gradcheck=True, compiled=True),
+    BaseRow("int8-row-bf16", torchao(row, BF16), BF16, bound=lowered(BF16)),
+    BaseRow("int8-row-f16", torchao(row, F16), F16, bound=lowered(F16)),
+    BaseRow("int8-group-f32", torchao(group, F32), F32, gradcheck=True, compiled=True),
+    BaseRow("int8-group-bf16", torchao(group, BF16), BF16, bound=lowered(BF16)),
+    BaseRow("int8-group-f16", torchao(group, F16), F16, bound=lowered(F16)),
+    BaseRow("int8-dynamic-f32", torchao(dynamic, F32), F32, rounds=True, compiled=True),
+    BaseRow("int8-dynamic-bf16", torchao(dynamic, BF16), BF16, rounds=True),
+    BaseRow("int8-dynamic-f16", torchao(dynamic, F16), F16, rounds=True),
+)
+
+METHODS = (
+    MethodRow("lora", fa.LoRA(rank=2, alpha=6), compiled=True),
+    MethodRow("lora-rs-bias", fa.LoRA(rank=3, alpha=2, rslora=True, lora_bias=True)),
+)
+
+
+class Plain:
+    """A base as plain torch over the dequantized weight: what every transform is held against.
+
+    For a smooth base all of it in float64. For one that rounds its activations the value is the
+    base's own, in its own dtype (law 2 holds that to the vendor's), and the derivative that of W x.
+    """
+
+    def __init__(self, base: fa.Base, rounds: bool):
+        self.base, self.rounds = base, rounds
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.device, self.dtype = base.device, base.dtype if rounds else F64
+        # W as it is multiplied: rounded to the format's own dtype where that is part of it.
+        self.weight = base.dequantize().double()
+        bias: Tensor | None = getattr(base, "bias", None)
+        self.bias = torch.zeros(()) if bias is None else bias.double()
+
+    def linear(self, x: Tensor) -> Tensor:
+        exact = x.double() @ self.weight.mT + self.bias
+        if not self.rounds:
+            return exact
+        exact = exact.to(x.dtype)
+        return exact + (self.base.linear(x.detach()) - exact).detach()
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.weight.to(dtype or self.dtype)
+
+
+class Case(NamedTuple):
+    """One base and one method: a model of two such layers, its forward, and what to feed it."""
+
+    row: BaseRow
+    method: fa.Method
+    model: nn.Module
+    forward: fa.Forward
+    reference: Callable[..., Tensor]  # by Plain; plain reverse-mode autograd only
+    params: Any  # one adapter
+    many: Any  # K of them
+    x: Tensor  # [3, N_IN]
+    xs: Tensor  # [K, 3, N_IN]
+
+
+def randomized(params: Any, seed: int) -> Any:
+    """Every leaf moved off its initial value, so that nothing is zero."""
+    g = torch.Generator().manual_seed(seed)
+    return tree_map(lambda t: t + 0.2 * torch.randn(t.shape, generator=g).to(t), params)
+
+
+@cache
+def make(row: BaseRow, method: MethodRow) -> Case:
+    model = nn.Sequential(row.layer(N_IN, N_HIDDEN), nn.Tanh(), row.layer(N_HIDDEN, N_OUT)).eval()
+    forward, twin = fa.bind(model, method.method), fa.bind(model, method.method)
+    for layer in twin.layers.values():
+        layer.base = Plain(layer.base, row.rounds)
+
+    def reference(params: Any, x: Tensor) -> Tensor:
+        if row.rounds:
+            return twin(params, x)
+        return twin(tree_map(lambda t: t.double(), params), x.double())
+
+    g = torch.Generator().manual_seed(0)
+    fresh = fa.init(method.method, model, generator=g)
+    adapters = [randomized(fresh, seed) for seed in range(K)]
+    xs = torch.randn(K, 3, N_IN, generator=g).to(row.dtype)
+    return Case(
+        row, method.method, model, forward, reference, adapters[0], fa.stack(adapters), xs[0], xs
+    )
+
+
+def eps_of(row: BaseRow) -> float:
+    return torch.finfo(row.dtype).eps
