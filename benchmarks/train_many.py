@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from timing import machine, medians
 from torch import nn
-from torch.func import grad, vmap
 from torch.utils._pytree import tree_map
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -59,7 +58,7 @@ def fadapt_step(model: nn.Module, k: int, rank: int, xs: torch.Tensor, kind: tor
         one, x = tree_map(lambda t: t[0], many), xs[0]
         step_one = fa.value_and_grad(lambda p: forward(p, x).float().square().mean())
         return lambda: step_one(one)
-    step = vmap(grad(lambda p, x: forward(p, x).float().square().mean()))
+    step = fa.value_and_grad(lambda p, x: forward(p, x).float().square().mean(), in_dims=(0, 0))
     return lambda: step(many, xs)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-def value_and_grad(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]]:
+def value_and_grad(
+    loss: Callable[..., Tensor], in_dims: int | tuple[Any, ...] | None = None
+) -> Callable[..., tuple[Tensor, Any]]:
     """A function that returns a loss and its gradient in the first argument.
 
     Pure, as ``torch.func.grad_and_value`` is, but it runs plain autograd on detached copies of the
@@ -16,29 +18,43 @@ def value_and_grad(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, A
     ``torch.utils.checkpoint`` works, which needs hooks that ``torch.func.grad`` forbids. Inside a
     transform (``vmap(value_and_grad(...))``) it is ``torch.func.grad_and_value``.
 
+    With ``in_dims`` it is ``vmap(grad_and_value(loss), in_dims)``: K adapters in one step. The
+    losses do not depend on each other's parameters, so the gradient of their sum is the stack of
+    their gradients, and one backward finds it, outside of any transform.
+
     Args:
         loss: ``loss(params, *args, **kwargs)``, a tensor of one element.
+        in_dims: as ``torch.func.vmap``'s, for ``loss``'s positional arguments; the parameters'
+            must be 0 or a pytree of zeros. None for one adapter.
 
     Returns:
         ``f(params, *args, **kwargs) -> (loss, grads)``, both detached; ``grads`` is shaped as
-        ``params``, zeros where the loss does not depend on a leaf.
+        ``params``, zeros where the loss does not depend on a leaf. ``loss`` is ``[K]`` with
+        ``in_dims``.
 
     Example:
         >>> import torch, fadapt
         >>> f = fadapt.value_and_grad(lambda p, x: (p["w"] * x).sum())
         >>> f({"w": torch.ones(2)}, torch.tensor([3.0, 4.0]))
         (tensor(7.), {'w': tensor([3., 4.])})
+        >>> many = {"w": torch.ones(3, 2)}
+        >>> fadapt.value_and_grad(lambda p, x: (p["w"] * x).sum(), (0, None))(many, torch.ones(2))[0]
+        tensor([2., 2., 2.])
     """
+    mapped = loss if in_dims is None else torch.func.vmap(loss, in_dims)
 
     def run(params: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
-            grads, value = torch.func.grad_and_value(loss)(params, *args, **kwargs)
+            step = torch.func.grad_and_value(loss)
+            step = step if in_dims is None else torch.func.vmap(step, in_dims)
+            grads, value = step(params, *args, **kwargs)
             return value, grads
         leaves, spec = tree_flatten(params)
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            value = loss(tree_unflatten(leaves, spec), *args, **kwargs)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
+            value = mapped(tree_unflatten(leaves, spec), *args, **kwargs)
+            total = value if in_dims is None else value.sum()
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)
         ]

@@ -30,9 +30,15 @@ def test_equals_torch_func_alone_and_under_vmap():
     assert not value.requires_grad
     assert not grads["0"].lora_A.requires_grad
     many = fa.stack([params, params])
-    values, grads = vmap(fa.value_and_grad(loss), in_dims=(0, None))(many, x)
-    torch.testing.assert_close(values, torch.stack([value, value]))
-    torch.testing.assert_close(fa.unstack(grads)[1], want)
+    mapped = vmap(fa.value_and_grad(loss), in_dims=(0, None))
+    inside = vmap(fa.value_and_grad(loss, in_dims=(0, None)), in_dims=(None, 0))
+    for step in (mapped, fa.value_and_grad(loss, in_dims=(0, None))):
+        values, grads = step(many, x)
+        torch.testing.assert_close(values, torch.stack([value, value]))
+        torch.testing.assert_close(fa.unstack(grads)[1], want)
+    values, grads = inside(many, x[None])
+    torch.testing.assert_close(values, value.expand(1, 2))
+    torch.testing.assert_close(fa.unstack(fa.unstack(grads)[0])[1], want)
 
 
 def test_leaves_without_a_path_to_the_loss_get_zeros_and_inputs_stay_as_they_are():
