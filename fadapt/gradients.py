@@ -38,7 +38,8 @@ def value_and_grad(
         >>> f({"w": torch.ones(2)}, torch.tensor([3.0, 4.0]))
         (tensor(7.), {'w': tensor([3., 4.])})
         >>> many = {"w": torch.ones(3, 2)}
-        >>> fadapt.value_and_grad(lambda p, x: (p["w"] * x).sum(), (0, None))(many, torch.ones(2))[0]
+        >>> f = fadapt.value_and_grad(lambda p, x: (p["w"] * x).sum(), in_dims=(0, None))
+        >>> f(many, torch.ones(2))[0]
         tensor([2., 2., 2.])
     """
     mapped = loss if in_dims is None else torch.func.vmap(loss, in_dims)
