@@ -152,6 +152,7 @@ class Case(NamedTuple):
     many: Any  # K of them
     x: Tensor  # [3, N_IN]
     xs: Tensor  # [K, 3, N_IN]
+    tangents: tuple[Any, Tensor]  # of params and x
 
 
 def randomized(params: Any, seed: int) -> Any:
@@ -176,9 +177,10 @@ def make(row: BaseRow, method: MethodRow) -> Case:
     fresh = fa.init(method.method, model, generator=g)
     adapters = [randomized(fresh, seed) for seed in range(K)]
     xs = torch.randn(K, 3, N_IN, generator=g).to(row.dtype)
-    return Case(
-        row, method.method, model, forward, reference, adapters[0], fa.stack(adapters), xs[0], xs
-    )
+    params, x = adapters[0], xs[0]
+    moves = tree_map(lambda t: torch.randn(t.shape, generator=g).to(t), (params, x))
+    many = fa.stack(adapters)
+    return Case(row, method.method, model, forward, reference, params, many, x, xs, moves)
 
 
 def eps_of(row: BaseRow) -> float:

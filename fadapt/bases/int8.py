@@ -189,9 +189,7 @@ def _multiply(
     if static.per_group or zero_point is not None:
         weight = _dequantize(qdata, scale, zero_point, static.dtype)
         return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
-    rows = x.to(compute).reshape(-1, x.shape[-1])
-    y = _product(rows, qdata, 0) * scale.to(compute).flatten()
-    return y.to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
+    return (_product(x.to(compute), qdata, 0) * scale.to(compute).flatten()).to(x.dtype)
 
 
 def _transposed(
@@ -201,23 +199,25 @@ def _transposed(
     if static.per_group or zero_point is not None:
         weight = _dequantize(qdata, scale, zero_point, static.dtype)
         return (g.to(compute) @ weight.to(compute)).to(g.dtype)
-    rows = (g.to(compute) * scale.to(compute).flatten()).reshape(-1, g.shape[-1])
-    return _product(rows, qdata, 1).to(g.dtype).reshape(*g.shape[:-1], qdata.shape[1])
+    return _product(g.to(compute) * scale.to(compute).flatten(), qdata, 1).to(g.dtype)
 
 
-def _product(rows: Tensor, qdata: Tensor, dim: int) -> Tensor:
-    """``rows @ qdata.T`` (dim 0) or ``rows @ qdata`` (dim 1), qdata cast to rows' dtype.
+def _product(x: Tensor, qdata: Tensor, dim: int) -> Tensor:
+    """``x @ qdata.T`` (dim 0) or ``x @ qdata`` (dim 1), qdata cast to x's dtype.
 
     On a CPU in eager mode a large W is cast a block at a time, into one buffer: no large buffer is
     allocated, faulted in and given back at every call. Of few rows, the product is short, and so is
     the block, to stay in the cache between cast and product; of many, short blocks cost more than
     they save (both measured on 1024 x 1024 and 2048 x 2048, in float32 and bfloat16).
     """
-    whole = qdata.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(rows)
-    limit = 2**20 if rows.shape[0] < 64 else 2**24
-    if whole or qdata.numel() * rows.element_size() <= 2 * limit:
-        weight = qdata.to(rows.dtype)
-        return rows @ (weight.mT if dim == 0 else weight)
+    whole = qdata.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x)
+    if not whole:
+        rows = x.reshape(-1, x.shape[-1])
+        limit = 2**20 if rows.shape[0] < 64 else 2**24
+        whole = qdata.numel() * x.element_size() <= 2 * limit
+    if whole:
+        weight = qdata.to(x.dtype)
+        return x @ (weight.mT if dim == 0 else weight)
     blocks = qdata.split(max(32, limit // (qdata.shape[1 - dim] * rows.element_size())), dim)
     buffer = torch.empty_like(blocks[0], dtype=rows.dtype, memory_format=torch.contiguous_format)
     product = rows.new_empty(rows.shape[0], qdata.shape[dim])
@@ -228,7 +228,7 @@ def _product(rows: Tensor, qdata: Tensor, dim: int) -> Tensor:
         part = product.narrow(1, start, size)
         torch.mm(rows, cast.mT if dim == 0 else cast, out=part)
         start += size
-    return product
+    return product.reshape(*x.shape[:-1], qdata.shape[dim])
 
 
 def _round_activation(x: Tensor, base: Int8) -> tuple[Tensor, Tensor, Tensor]:
