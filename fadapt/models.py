@@ -1,0 +1,155 @@
+"""A folder of transformers becomes a frozen, quantized model and its tokenizer."""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fadapt.errors import CheckpointError, ConfigError
+
+SHIPPED = Path(__file__).parent / "data"
+
+
+def load_model(folder: Path, base: str, dtype: str = "auto", device: str = "cpu") -> nn.Module:
+    """A causal LM, frozen, in evaluation mode, its linear layers in the format ``base``.
+
+    The output embedding stays as it is, as is usual in the field.
+
+    Args:
+        folder: with config.json and safetensors; nothing is fetched from anywhere.
+        base: a key of :data:`QUANTIZERS`.
+        dtype: of everything that is not quantized; ``"auto"`` is bfloat16 on a GPU, else float32.
+        device: where to.
+
+    Raises:
+        CheckpointError: the folder is no such model, or its weights are not all there.
+        ConfigError: no such device.
+    """
+    _check_folder(folder)
+    chosen = pick_device(device)
+    kind = ("float32" if chosen.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, kind),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers and safetensors raise of every kind here
+            raise CheckpointError(f"--model {folder}: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"--model {folder}: the weights of {len(missing)} tensors are not in the files, "
+            f"{missing[0]!r} among them."
+        )
+    model = model.to(chosen).requires_grad_(False).eval()
+    QUANTIZERS[base](model)
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    with quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"--model {folder}: no tokenizer can be read: {_first_line(error)}"
+            ) from error
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(f"--model {folder}: its tokenizer has no end-of-text token.")
+    return tokenizer
+
+
+def _dense(model: nn.Module) -> None:
+    """Whatever the folder holds."""
+
+
+def _int8(model: nn.Module) -> None:
+    with quiet():
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    wanted = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
+    if not wanted:
+        raise ConfigError(
+            f"--base int8: this {type(model).__name__} has no nn.Linear that torchao quantizes "
+            "(GPT-2's layers are Conv1D); use --base dense."
+        )
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, _: any(m is w for w in wanted))
+
+
+# `--base` -> what it does to the model, in place. settings.BASES names the same.
+QUANTIZERS: dict[str, Callable[[nn.Module], None]] = {"int8": _int8, "dense": _dense}
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the model in a folder: its configuration and its files' names and sizes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name, if it is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {_first_line(error)}") from error
+    return device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Other libraries' warnings, log lines and bars are kept from the terminal, for a while."""
+    from transformers.utils import logging as theirs
+
+    before, bars = logging.root.manager.disable, theirs.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"--model {folder}: there is no such folder.")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--model {folder}: no config.json in it; expected a folder that transformers' "
+            "save_pretrained wrote."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"--model {folder}: no .safetensors file in it.")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
