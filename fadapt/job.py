@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from fadapt import training
 from fadapt.adapter import init
 from fadapt.corpus import Corpus, find_texts, read_corpus
-from fadapt.errors import ConfigError
 from fadapt.functional import Forward, bind
 from fadapt.lora import LoRA
 from fadapt.models import SHIPPED, fingerprint, load_model, load_tokenizer, quiet
@@ -78,8 +77,7 @@ def prepare(settings: Settings, load: Any = None) -> Job:
             return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
     texts = {p.stem: read_corpus(p, encode, tokenizer.eos_token_id, settings.length) for p in paths}
-    model = load_model(folder, settings.base, settings.dtype, settings.device)
-    _check_length(model, settings.length)
+    model = load_model(folder, settings.base, settings.dtype, settings.device, settings.length)
     trials = grid(settings, list(texts))
     if load is None:
         adapters = [_fresh(t, model) for t in trials]
@@ -120,9 +118,3 @@ def _to(text: Corpus, device: torch.device) -> Corpus:
 def with_dropout(method: Any, dropout: float) -> Any:
     """The method with another dropout."""
     return replace(method, dropout=dropout)
-
-
-def _check_length(model: nn.Module, length: int) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and length > most:
-        raise ConfigError(f"--length {length}: this model reads at most {most} tokens.")

@@ -43,41 +43,36 @@ def results(job: Job, state: State, history: History, base: torch.Tensor) -> lis
 
 
 def table(rows: list[Result]) -> Any:
-    """The results as a rich table; settings that all adapters share are left out."""
+    """The results as a rich table; a row's name tells in what it differs from others."""
     from rich.table import Table
 
     shown = Table(title="held-out loss, nats a token: best first")
     shown.add_column("", justify="right")
     shown.add_column("adapter", overflow="fold")
-    for name, _ in _varied(rows):
-        shown.add_column(name, justify="right")
+    targets = len({r.trial.method.targets for r in rows}) > 1
+    if targets:
+        shown.add_column("targets", overflow="fold")
     for name in ("train", "held-out", "base", "gain"):
         shown.add_column(name, justify="right")
-    shown.add_column("")
+    frozen = any(row.frozen >= 0 for row in rows)
+    if frozen:
+        shown.add_column("")
     for number, row in enumerate(rows, 1):
         shown.add_row(
             str(number),
             row.trial.name,
-            *[str(get(row.trial)) for _, get in _varied(rows)],
+            *([str(row.trial.method.targets)] if targets else []),
             f"{row.train:.3f}",
             f"{row.held:.3f}",
             f"{row.base:.3f}",
             f"{row.gain:+.3f}",
-            f"frozen at step {row.frozen}: loss not finite" if row.frozen >= 0 else "",
+            *([_fate(row)] if frozen else []),
         )
     return shown
 
 
-def _varied(rows: list[Result]) -> list[Any]:
-    columns = [
-        ("data", lambda t: t.data),
-        ("lr", lambda t: f"{t.lr:g}"),
-        ("rank", lambda t: t.method.rank),
-        ("alpha", lambda t: f"{t.method.alpha:g}"),
-        ("targets", lambda t: t.method.targets),
-        ("seed", lambda t: t.seed),
-    ]
-    return [(n, get) for n, get in columns if len({str(get(r.trial)) for r in rows}) > 1]
+def _fate(row: Result) -> str:
+    return f"frozen at step {row.frozen}: loss not finite" if row.frozen >= 0 else ""
 
 
 def timing_line(job: Job, timing: Timing, rounds: int) -> str:

@@ -60,7 +60,7 @@ class Settings:
         choices=DTYPES,
     )
     lr: tuple[float, ...] = _setting((2e-3, 6e-3), POSITIVE, "learning rate")
-    rank: tuple[int, ...] = _setting((8,), COUNT, "rank")
+    rank: tuple[int, ...] = _setting((4, 16), COUNT, "rank")
     alpha: tuple[float, ...] = _setting((16.0,), POSITIVE, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _setting(
         ("all-linear",), str, "all-linear, names as q_proj,v_proj, or a regular expression"
@@ -70,7 +70,7 @@ class Settings:
     epochs: float | None = _setting(
         None, POSITIVE, "passes over the largest file, in place of --steps"
     )
-    batch: int = _setting(4, COUNT, "windows a step and adapter")
+    batch: int = _setting(2, COUNT, "windows a step and adapter")
     length: int = _setting(64, COUNT, "tokens a window")
     dropout: float = _setting(0.0, SHARE, "of the adapter's input")
     decay: float = _setting(0.0, NOT_NEGATIVE, "AdamW's weight decay")
