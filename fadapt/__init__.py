@@ -6,6 +6,7 @@ from fadapt.functional import Forward, bind
 from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
+from fadapt.oft import OFT, OFTParams, OFTRotation
 from fadapt.random import dropout_seeds
 from fadapt.stacking import StackedLoRA, stack, unstack
 
@@ -19,6 +20,9 @@ __all__ = [
     "LoRABiasParams",
     "LoRAParams",
     "Method",
+    "OFT",
+    "OFTParams",
+    "OFTRotation",
     "StackedLoRA",
     "base_of",
     "bind",

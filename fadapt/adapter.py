@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fadapt.errors import AdapterError
 from fadapt.functional import join, layers_of, read, saved_modules
 from fadapt.method import Method
 
@@ -83,6 +84,8 @@ def scale_by(
 
 def _scale(leaf: Any, scaling: float | Tensor) -> Any:
     fields = {n: getattr(leaf, n) * scaling for n in ("lora_B", "lora_bias") if hasattr(leaf, n)}
+    if not fields:
+        raise AdapterError(f"{type(leaf).__name__} has no update that a number could scale.")
     return leaf._replace(**fields)
 
 

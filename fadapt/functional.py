@@ -39,7 +39,9 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.method = method
         self.number = number
-        for name in (*method.params_type._fields, "dropout_seed", "dropout_keep"):
+        self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
+        self.fields = list(dict.fromkeys(name for fields in self.kinds for name in fields))
+        for name in (*self.fields, "dropout_seed", "dropout_keep"):
             self.register_buffer(name, None, persistent=False)
         # Hooks that were set on the layer fire as they did.
         self._forward_hooks = layer._forward_hooks
@@ -56,19 +58,20 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        kind = self.method.params_type
-        values = [getattr(self, name) for name in kind._fields]
-        if values[0] is None:
+        given = {n: t for n in self.fields if (t := getattr(self, n)) is not None}
+        if not given:
             return self.base.linear(x)
-        return self.method.apply(self.base, kind(*values), x, self._keep(x))
+        params = self.kinds[tuple(given)](**given)
+        return self.method.apply(self.base, params, x, self._keep(params, x))
 
-    def _keep(self, x: Tensor) -> Tensor | None:
+    def _keep(self, params: Any, x: Tensor) -> Tensor | None:
         keep: Tensor | None = self.dropout_keep
         seed: Tensor | None = self.dropout_seed
         if seed is None:
             return keep
         # Another stream for each layer: an odd multiplier spreads the layers over all seeds.
-        return keep_mask(seed + self.number * 0x9E3779B1, x.shape, self.method.dropout)
+        shape = self.method.keep_shape(params, x)
+        return keep_mask(seed + self.number * 0x9E3779B1, shape, self.method.dropout)
 
 
 class Forward:
@@ -107,12 +110,12 @@ class Forward:
         """The model's own call, adapted.
 
         Args:
-            params: the adapter; None for the base alone.
+            params: the adapter, or what :meth:`prepare` made of it; None for the base alone.
             *args: the model's positional inputs.
             dropout: None for no dropout. Else an int64 seed ``[]`` (see
                 :func:`fadapt.dropout_seeds`; map over ``[K]`` of them for K adapters), a
                 ``torch.Generator`` that one seed is drawn from, or masks ``{path: keep}``, boolean,
-                each shaped as its layer's input.
+                each shaped as its layer's input (OFT: one element a block).
             **kwargs: the model's keyword inputs.
 
         Returns:
@@ -123,8 +126,7 @@ class Forward:
         """
         tensors = self._seeds(dropout)
         if params is not None:
-            self._check(params)
-            for path, leaf in params.items():
+            for path, leaf in self.prepare(params).items():
                 fields = leaf._asdict() if hasattr(leaf, "_asdict") else leaf
                 tensors |= {join(path, name): tensor for name, tensor in fields.items()}
         # A forward may write to its buffers (running statistics): let it write to copies.
@@ -132,6 +134,17 @@ class Forward:
         for name, buffer in self._buffers:
             tensors.setdefault(name, copies.setdefault(id(buffer), buffer.clone()))
         return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+
+    def prepare(self, params: Adapter) -> Adapter:
+        """What a method can build of an adapter once for several calls, which take it instead.
+
+        OFT's rotations, DoRA's norms; LoRA's parameters as they are. Differentiable.
+
+        Raises:
+            AdapterError: as a call does.
+        """
+        self._check(params)
+        return self.method.prepare(params, {path: at.base for path, at in self.layers.items()})
 
     def _check(self, params: Adapter) -> None:
         expected = self.layers.keys() | self.saved.keys()

@@ -15,7 +15,7 @@ from torch import Tensor
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.random import draw
-from fadapt.targets import ALL_LINEAR, pattern_values
+from fadapt.targets import ALL_LINEAR, normalize_targets, pattern_values
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 
@@ -86,16 +86,7 @@ class LoRA:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude", "layers_pattern", "modules_to_save"):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
-        blocks = self.layers_to_transform
-        blocks = (blocks,) if isinstance(blocks, int) else tuple(blocks)
-        object.__setattr__(self, "layers_to_transform", blocks)
-        for name in ("layers_pattern", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, (getattr(self, name),))
+        normalize_targets(self)
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank must be an integer of at least 1, got {rank!r}.")
@@ -123,6 +114,11 @@ class LoRA:
     def params_type(self) -> type[LoRAParams] | type[LoRABiasParams]:
         """The NamedTuple of one layer's parameters."""
         return LoRABiasParams if self.lora_bias else LoRAParams
+
+    @property
+    def prepared_type(self) -> type[LoRAParams] | type[LoRABiasParams]:
+        """The same: there is nothing to prepare."""
+        return self.params_type
 
     def at(self, paths: Sequence[str]) -> dict[str, "LoRA"]:
         """The hyperparameters of each layer, the patterns applied.
@@ -226,6 +222,16 @@ class LoRA:
                 f"layer {path!r}: lora_A and lora_B must share one floating dtype, got {A.dtype} "
                 f"and {B.dtype}."
             )
+
+    def prepare(
+        self, params: Mapping[str, Any], bases: Mapping[str, Base] | None = None
+    ) -> Mapping[str, Any]:
+        """``params`` as they are."""
+        return params
+
+    def keep_shape(self, params: Params, x: Tensor) -> torch.Size:
+        """Of dropout's mask: that of A's input."""
+        return x.shape
 
     def apply(self, base: Base, params: Params, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """``W x + b + s B A x`` for x ``[..., in]``: ``[..., out]`` in the base's result dtype.

@@ -1,6 +1,6 @@
 """What a method is: how an adapter's parameters change a frozen base. It knows no format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,11 @@ class Method(Protocol):
         """The NamedTuple class of one layer's parameters."""
         ...
 
+    @property
+    def prepared_type(self) -> Any:
+        """The NamedTuple class that :meth:`prepare` makes of it; the same if it makes none."""
+        ...
+
     def at(self, paths: Sequence[str]) -> dict[str, Any]:
         """The method as it stands at each of these layers: any pattern of paths applied."""
         ...
@@ -48,6 +53,14 @@ class Method(Protocol):
 
     def check(self, base: Base, params: Any, path: str) -> None:
         """Raise AdapterError unless one layer's parameters fit its base. Reads shapes alone."""
+        ...
+
+    def prepare(self, params: Mapping[str, Any], bases: Mapping[str, Base]) -> Mapping[str, Any]:
+        """What can be built of an adapter once for several forwards, which take it in its place."""
+        ...
+
+    def keep_shape(self, params: Any, x: Tensor) -> torch.Size:
+        """The shape of dropout's mask for an input x ``[..., in]``."""
         ...
 
     def apply(self, base: Base, params: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -112,6 +112,17 @@ def pattern_values(patterns: Mapping[str, V], paths: Iterable[str], what: str) -
     return values
 
 
+def normalize_targets(method: Any) -> None:
+    """Bring the fields of a new method that choose layers to tuples: it is hashed, and frozen."""
+    for name in ("targets", "exclude"):
+        if not isinstance(value := getattr(method, name), str):
+            object.__setattr__(method, name, tuple(value))
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
+        value = getattr(method, name)
+        one = isinstance(value, int | str)
+        object.__setattr__(method, name, (value,) if one else tuple(value))
+
+
 def exact_pattern(paths: Iterable[str]) -> str:
     """A regular expression that matches these paths and no other."""
     return "|".join(re.escape(p) for p in paths)

@@ -110,6 +110,8 @@ BASES = (
 METHODS = (
     MethodRow("lora", fa.LoRA(rank=2, alpha=6), compiled=True),
     MethodRow("lora-rs-bias", fa.LoRA(rank=3, alpha=2, rslora=True, lora_bias=True)),
+    MethodRow("oft", fa.OFT(block_size=4)),
+    MethodRow("oft-neumann", fa.OFT(block_size=4, cayley="neumann", terms=7)),
 )
 
 
