@@ -336,7 +336,7 @@ class OFT:
 
 
 def skew(vectors: Tensor) -> Tensor:
-    """The skew-symmetric ``[..., b, b]`` whose upper triangle is ``vectors [..., b (b - 1) / 2]``."""
+    """Skew-symmetric ``[..., b, b]`` from its upper triangle ``[..., b (b - 1) / 2]``."""
     size = _size(vectors.shape[-1])
     rows, cols = torch.triu_indices(size, size, 1, device=vectors.device)
     flat = vectors.new_zeros(*vectors.shape[:-1], size * size)
