@@ -1,48 +1,273 @@
 """Int8: torchao's own numbers, and derivatives that hold where torchao's raise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.functional import jacobian
+from torch.func import grad, vmap
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
+    Int8Tensor,
     Int8WeightOnlyConfig,
     PerGroup,
     PerRow,
+    PerTensor,
     quantize_,
 )
+from torchao.quantization.quant_primitives import MappingType
 
 import fadapt as fa
+from fadapt.bases import precision
+from fadapt.testing import assert_pure
+
+ASYMMETRIC = MappingType.ASYMMETRIC
+WEIGHT_ONLY = {
+    "per_row": Int8WeightOnlyConfig(granularity=PerRow()),
+    "per_group": Int8WeightOnlyConfig(granularity=PerGroup(16)),
+    "per_tensor": Int8WeightOnlyConfig(granularity=PerTensor()),
+}
+DYNAMIC = {
+    "dynamic": Int8DynamicActivationInt8WeightConfig(),
+    "dynamic_per_tensor": Int8DynamicActivationInt8WeightConfig(granularity=PerTensor()),
+    "dynamic_mixed": Int8DynamicActivationInt8WeightConfig(granularity=[PerRow(), PerTensor()]),
+    "dynamic_asymmetric": Int8DynamicActivationInt8WeightConfig(act_mapping_type=ASYMMETRIC),
+    "dynamic_reduced": Int8DynamicActivationInt8WeightConfig(reduce_range=True),
+    "static": Int8StaticActivationInt8WeightConfig(
+        act_quant_scale=torch.tensor([[0.02]]), granularity=PerTensor()
+    ),
+    "static_asymmetric": Int8StaticActivationInt8WeightConfig(
+        act_quant_scale=torch.tensor([[0.02]]),
+        act_quant_zero_point=torch.tensor([[-7]], dtype=torch.int8),
+        act_mapping_type=ASYMMETRIC,
+        granularity=PerTensor(),
+    ),
+}
+CONFIGS = WEIGHT_ONLY | DYNAMIC
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def quantized(config, n_in=64, n_out=16, dtype=torch.float32, bias=True):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layer = nn.Linear(n_in, n_out, bias=bias, dtype=dtype)
-    quantize_(layer, config)
+def quantized(kind, n_in=64, n_out=16, dtype=torch.float32, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(n_in, n_out, bias=bias, dtype=dtype)
+    for p in layer.parameters():
+        p.data = torch.randn(p.shape, generator=g).to(dtype) / 4
+    quantize_(layer, CONFIGS[kind])
     return layer
 
 
-WEIGHT_ONLY = {
-    "per_row": Int8WeightOnlyConfig(granularity=PerRow()),
-    "per_group": Int8WeightOnlyConfig(granularity=PerGroup(32)),
-}
+def normal(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-DYNAMIC = {"dynamic": Int8DynamicActivationInt8WeightConfig()}
+def multiplied(base):
+    """W as the op multiplies by it, in float64: by row the scale multiplies the product, exactly;
+    by group W is rounded to its own dtype first."""
+    by_group = base.block_size[1] < base.in_features
+    return base.dequantize(None if by_group else torch.float64).double()
 
 
-@pytest.mark.parametrize("kind", [*WEIGHT_ONLY, *DYNAMIC])
+def as_torchao(dtype, kind):
+    """What may lie between torchao's output and ours, as a share of the largest element."""
+    if kind in WEIGHT_ONLY and dtype not in precision.CPU_GEMM_DTYPES:
+        # torchao rounds after the product and after the scale; we multiply in float32 instead,
+        # because this CPU only emulates x's dtype, and round once.
+        return 2 * torch.finfo(dtype).eps
+    return 0.0
+
+
+@given(
+    kind=st.sampled_from(sorted(CONFIGS)),
+    dtype=st.sampled_from(DTYPES),
+    n_in=st.sampled_from([16, 48, 64]),
+    n_out=st.integers(1, 4).map(lambda k: 8 * k),
+    shape=st.lists(st.integers(1, 5), max_size=2).map(tuple),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**16),
+    size=st.sampled_from([1e-3, 1.0, 50.0]),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_output_is_torchaos(kind, dtype, n_in, n_out, shape, bias, seed, size):
+    layer = quantized(kind, n_in, n_out, dtype, bias, seed)
+    x = size * normal(*shape, n_in, dtype=dtype, seed=seed + 1)
+    base = fa.base_of(layer)
+    if kind.startswith("static"):  # torchao wants x of the scale's rank
+        x = x.reshape(-1, n_in)
+    with torch.no_grad():
+        want = layer(x)
+    got = assert_pure(lambda: base.linear(x), layer, base, x)
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    limit = as_torchao(dtype, kind) * want.double().abs().max()
+    assert (got.double() - want.double()).abs().max() <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_dequantize_is_torchaos_bit_for_bit(kind, dtype):
+    layer = quantized(kind, dtype=dtype)
+    base = fa.base_of(layer)
+    assert base.dtype == dtype
+    assert torch.equal(base.dequantize(), layer.weight.dequantize())
+    assert torch.equal(base.dequantize(torch.float32), layer.weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_it_shares_the_layers_storage_and_writes_back_what_torchao_runs(kind):
+    layer = quantized(kind)
+    base = fa.base_of(layer)
+    assert base.qdata.data_ptr() == layer.weight.qdata.data_ptr()
+    assert base.scale.data_ptr() == layer.weight.scale.data_ptr()
+    assert (base.in_features, base.out_features, base.device.type) == (64, 16, "cpu")
+    x = normal(3, 64)
+    again = torch.func.functional_call(layer, base.state(), (x,))
+    assert torch.equal(again, layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", WEIGHT_ONLY)
+def test_on_a_cpu_that_only_emulates_the_dtype(monkeypatch, kind, dtype):
+    monkeypatch.setattr(precision, "CPU_GEMM_DTYPES", frozenset({torch.float32, torch.float64}))
+    layer = quantized(kind, dtype=dtype)
+    base, x = fa.base_of(layer), normal(3, 64, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    y = base.linear(x)
+    want = x.double() @ multiplied(base).mT + base.bias.double()
+    # float32 sums of 64, rounded to the dtype before and after the bias: half an eps each.
+    assert y.dtype == dtype
+    assert (y - want).abs().max() <= eps * want.abs().max()
+    assert (y - layer(x)).abs().max() <= 2 * eps * want.abs().max()
+    dx = grad(lambda x: base.linear(x).float().sum())(x)
+    want = multiplied(base).sum(0).expand(3, 64)
+    # The gradient times the scale, and its sum of 16, in float32; the result rounded once.
+    assert dx.dtype == dtype
+    assert (dx - want).abs().max() <= eps * want.abs().max()
+
+
+@pytest.mark.parametrize("rows", [5, 80])
+def test_large_weights_multiply_by_blocks(rows):
+    # More bytes than a block holds, for few rows and for many; the last block is a short one.
+    n_in, n_out = (1024, 1100) if rows < 64 else (2048, 4200)
+    base = fa.base_of(quantized("per_row", n_in, n_out))
+    x = normal(rows, n_in).requires_grad_()
+    y = base.linear(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    weight = base.qdata.float() * base.scale
+    want = x @ weight.mT + base.bias
+    # float32 sums in another order: their error grows as the root of their length, 2**5 to 2**6.
+    eps = torch.finfo(torch.float32).eps
+    assert (y - want).abs().max() <= 2**6 * eps * want.abs().max()
+    want = (2 * y) @ weight
+    assert (dx - want).abs().max() <= 2**6 * eps * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_gradient_is_that_of_the_exact_product(kind, dtype):
+    base = fa.base_of(quantized(kind, dtype=dtype))
+    x, g = normal(3, 64, dtype=dtype), normal(3, 16, dtype=dtype, seed=2)
+    dx = grad(lambda x: (base.linear(x).float() * g.float()).sum())(x)
+    want = g.double() @ multiplied(base)
+    # W rounded to the dtype, or g times the scale: half an eps; the sum's result: another half.
+    assert (dx - want).abs().max() <= 1.5 * torch.finfo(dtype).eps * want.abs().max()
+    each = vmap(grad(lambda x, g: (base.linear(x).float() * g.float()).sum()))(x, g)
+    assert (each - want).abs().max() <= 1.5 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["per_row", "per_group", "dynamic"])
 def test_gradients_batched_by_the_older_vmap(kind):
-    config = (WEIGHT_ONLY | DYNAMIC)[kind]
-    base = fa.base_of(quantized(config))
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    # By row the scale multiplies the product, exactly; by group W is rounded to its dtype first.
-    weight = base.dequantize(None if kind == "per_group" else torch.float64).double()
-    g = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    base = fa.base_of(quantized(kind))
+    x, weight = normal(3, 64).double(), multiplied(base)
+    g = normal(4, 3, 16, seed=2).double()
     x.requires_grad_()
     (dx,) = torch.autograd.grad(base.linear(x), x, g, is_grads_batched=True)
     # float64 throughout, 64 products a sum: only the order of the sums differs.
     torch.testing.assert_close(dx, g @ weight, rtol=1e-12, atol=1e-12)
     dy = jacobian(base.linear, x.detach()[0], vectorize=True, strategy="forward-mode")
     torch.testing.assert_close(dy, weight, rtol=1e-12, atol=1e-12)
+
+
+def saved_bytes(fn):
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = (t.dtype, t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = fn()
+    return held, out
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_backward_keeps_the_int8_weight_and_no_float_copy(kind):
+    base = fa.base_of(quantized(kind, 64, 64))
+    x = normal(3, 64).requires_grad_()
+    held, _ = saved_bytes(lambda: base.linear(x))
+    assert base.qdata.data_ptr() in held
+    # The largest thing kept beside the integers is the scales; a float W would be 16,384 bytes.
+    floats = sum(size for dtype, size in held.values() if dtype.is_floating_point)
+    assert floats == base.scale.untyped_storage().nbytes()
+    layer = quantized(kind, 64, 64)
+    if kind in ("per_row", "per_group"):  # what torchao's own keeps, to show that the hook sees it
+        theirs, _ = saved_bytes(lambda: layer(x))
+        assert sum(s for d, s in theirs.values() if d.is_floating_point) >= 64 * 64 * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["per_row", "dynamic", "dynamic_asymmetric"])
+def test_a_pre_scale_multiplies_the_activation(kind, dtype):
+    layer = quantized(kind, dtype=dtype)
+    scale = (1 + normal(64, seed=3).abs()).to(dtype)
+    layer.weight.act_pre_scale = scale
+    base, x = fa.base_of(layer), normal(3, 64, dtype=dtype)
+    with torch.no_grad():
+        want = layer(x)
+    limit = as_torchao(dtype, kind) * want.double().abs().max()
+    assert (base.linear(x).double() - want.double()).abs().max() <= limit
+    dx = grad(lambda x: base.linear(x).float().sum())(x)
+    want = (scale.double() * multiplied(base).sum(0)).expand(3, 64)
+    # As above, and one product more.
+    assert (dx - want).abs().max() <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_requantizing_an_unchanged_weight_gives_the_same_bytes(kind, dtype):
+    base = fa.base_of(quantized(kind, dtype=dtype))
+    new = assert_pure(lambda: base.requantize(base.dequantize(torch.float32)), base)
+    assert torch.equal(new.qdata, base.qdata)
+    assert torch.equal(new.scale, base.scale)
+    large = base.requantize(3 * base.dequantize(torch.float32))
+    steps = large.dequantize(torch.float32) - 3 * base.dequantize(torch.float32)
+    # Half a step of the new scale, which fresh symmetric scales overrun at their upper end (127.5
+    # steps are clamped to 127): at most half a step more. And float32's rounding.
+    assert (steps.abs() <= 0.501 * large.scale.max() + 1e-6).all()
+    assert isinstance(large.state()["weight"], Int8Tensor)
+
+
+def test_refusals():
+    layer = quantized("per_row")
+    cube = Int8Tensor.from_hp(normal(2, 16, 64), PerRow())
+    layer.weight = nn.Parameter(cube, requires_grad=False)
+    with pytest.raises(fa.errors.UnsupportedLayerError, match=r"shape \(2, 16, 64\)"):
+        fa.base_of(layer)
+    layer = quantized("per_group")
+    layer.weight.act_quant_kwargs = quantized("dynamic").weight.act_quant_kwargs
+    with pytest.raises(fa.errors.UnsupportedLayerError, match="per group"):
+        fa.base_of(layer)
+    layer = quantized("static")
+    layer.weight.act_quant_scale = torch.ones(3, 1)
+    with pytest.raises(fa.errors.UnsupportedLayerError, match="one scale"):
+        fa.base_of(layer)
+    base = fa.base_of(quantized("per_row"))
+    with pytest.raises(fa.errors.AdapterError, match=r"\(64, 16\).*\(16, 64\)"):
+        base.requantize(normal(64, 16))
+    scale = base.scale.clone().requires_grad_()
+    y = replace(base, scale=scale).linear(normal(3, 64).requires_grad_())
+    with pytest.raises(fa.errors.FrozenBaseError, match="frozen base"):
+        y.sum().backward()

@@ -313,6 +313,12 @@ def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
             f"group (block_size {list(weight.block_size)}): torchao's own linear ignores the "
             "zero points there, and takes no groups. Quantize the weight per row, symmetrically."
         )
+    act_scale = weight.act_quant_scale
+    if act_scale is not None and act_scale.numel() != 1:
+        raise UnsupportedLayerError(
+            f"An Int8Tensor with fixed activation scales {list(act_scale.shape)}, which fit one "
+            "size of batch. Calibrate with one scale for the whole activation (PerTensor)."
+        )
     return Int8(
         qdata=weight.qdata.detach(),
         scale=weight.scale.detach(),
@@ -321,7 +327,7 @@ def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
         bias=None if bias is None else bias.detach(),
         zero_point=zero,
         activation=activation,
-        act_scale=weight.act_quant_scale,
+        act_scale=act_scale,
         act_zero_point=weight.act_quant_zero_point,
         act_pre_scale=weight.act_pre_scale,
         settings=(kwargs, bool(weight.reduce_range)),
