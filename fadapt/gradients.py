@@ -59,6 +59,6 @@ def value_and_grad(
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)
         ]
-        return value.detach(), tree_unflatten([g.detach() for g in grads], spec)
+        return value.detach(), tree_unflatten(grads, spec)
 
     return run

@@ -189,7 +189,7 @@ def _multiply(
     if static.per_group or zero_point is not None:
         weight = _dequantize(qdata, scale, zero_point, static.dtype)
         return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
-    return (_product(x.to(compute), qdata, 0) * scale.to(compute).flatten()).to(x.dtype)
+    return _product(x.to(compute), qdata, 0).mul_(scale.to(compute).flatten()).to(x.dtype)
 
 
 def _transposed(
