@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fadapt.errors import FrozenBaseError
 
@@ -189,7 +189,10 @@ def _eager(
             return body(x, static, *tensors)
 
     def run(x: Tensor, static: Any, *tensors: Tensor) -> Tensor:
-        kind = Eager if torch._C._are_functorch_transforms_active() else Plain
-        return kind.apply(x, static, *tensors)  # type: ignore[no-any-return]
+        if torch._C._are_functorch_transforms_active():
+            return Eager.apply(x, static, *tensors)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return body(x, static, *tensors)  # nothing to record: inference, a plain backward
+        return Plain.apply(x, static, *tensors)  # type: ignore[no-any-return]
 
     return run
