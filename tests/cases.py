@@ -1,8 +1,10 @@
 """The rows of the law table (test_laws.py, test_compile.py): bases and methods.
 
 A new format adds a line to ``BASES``, a new method a line to ``METHODS``, and nothing else.
+``FADAPT_TEST_DEVICE=cuda pytest tests/test_laws.py`` runs the table on another device.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import fadapt as fa
 from fadapt.bases.precision import CPU_GEMM_DTYPES
 
 N_IN, N_HIDDEN, N_OUT, K = 16, 8, 8, 3
+DEVICE = os.environ.get("FADAPT_TEST_DEVICE", "cpu")
 
 
 class BaseRow(NamedTuple):
@@ -165,7 +168,8 @@ def randomized(params: Any, seed: int) -> Any:
 
 @cache
 def make(row: BaseRow, method: MethodRow) -> Case:
-    model = nn.Sequential(row.layer(N_IN, N_HIDDEN), nn.Tanh(), row.layer(N_HIDDEN, N_OUT)).eval()
+    model = nn.Sequential(row.layer(N_IN, N_HIDDEN), nn.Tanh(), row.layer(N_HIDDEN, N_OUT))
+    model = model.eval().to(DEVICE)
     forward, twin = fa.bind(model, method.method), fa.bind(model, method.method)
     for layer in twin.layers.values():
         layer.base = Plain(layer.base, row.rounds)
@@ -178,7 +182,7 @@ def make(row: BaseRow, method: MethodRow) -> Case:
     g = torch.Generator().manual_seed(0)
     fresh = fa.init(method.method, model, generator=g)
     adapters = [randomized(fresh, seed) for seed in range(K)]
-    xs = torch.randn(K, 3, N_IN, generator=g).to(row.dtype)
+    xs = torch.randn(K, 3, N_IN, generator=g).to(DEVICE, row.dtype)
     params, x = adapters[0], xs[0]
     moves = tree_map(lambda t: torch.randn(t.shape, generator=g).to(t), (params, x))
     many = fa.stack(adapters)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import (
     BASES,
+    DEVICE,
+    F64,
     METHODS,
     N_HIDDEN,
     N_IN,
@@ -56,11 +58,11 @@ def test_law_1_a_fresh_adapter_changes_nothing(row: BaseRow, kind: MethodRow):
 
 @pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)
 def test_law_2_without_an_adapter_it_is_the_model_itself(row: BaseRow):
-    layer = row.layer(N_IN, N_HIDDEN)
+    layer = row.layer(N_IN, N_HIDDEN).to(DEVICE)
     forward = fa.bind(layer, METHODS[0].method)
     g = torch.Generator().manual_seed(0)
     for shape in ((N_IN,), (1, N_IN), (5, N_IN), (2, 3, N_IN), (0, N_IN)):
-        x = torch.randn(shape, generator=g).to(row.dtype)
+        x = torch.randn(shape, generator=g).to(DEVICE, row.dtype)
         got = assert_pure(lambda: forward(None, x), layer, forward, x)
         assert got.dtype == row.dtype
         assert got.shape == (*shape[:-1], N_HIDDEN)
@@ -91,11 +93,11 @@ def test_law_3_vmap_is_the_loop_and_unstack_inverts_stack(row: BaseRow, kind: Me
 @pytest.mark.parametrize("kind", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("row", [b for b in BASES if b.gradcheck], ids=lambda b: b.name)
 def test_law_4_gradcheck_in_float64(row: BaseRow, kind: MethodRow):
-    layer = row.layer(N_HIDDEN, 4)
+    layer = row.layer(N_HIDDEN, 4).to(DEVICE)
     forward = fa.bind(layer, kind.method)
     fresh = fa.init(kind.method, layer, generator=torch.Generator().manual_seed(0))
     leaves, spec = tree_flatten(tree_map(lambda t: t.double(), randomized(fresh, 0)))
-    x = torch.randn(2, N_HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(2, N_HIDDEN, generator=torch.Generator().manual_seed(1)).to(DEVICE, F64)
     inputs = [t.requires_grad_() for t in (x, *leaves)]
 
     def f(x: Tensor, *leaves: Tensor) -> Tensor:
@@ -109,10 +111,10 @@ def test_law_4_gradcheck_in_float64(row: BaseRow, kind: MethodRow):
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda m: m.name)
 def test_law_7_applying_is_multiplying_by_the_merged_weight(kind: MethodRow):
-    layer = dense(N_IN, N_OUT, torch.float64)
+    layer = dense(N_IN, N_OUT, F64).to(DEVICE)
     base, method = fa.base_of(layer), kind.method
     fresh = fa.init(method, layer, generator=torch.Generator().manual_seed(0))
     (p,) = tree_map(lambda t: t.double(), randomized(fresh, 0)).values()
-    x = torch.randn(3, N_IN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(3, N_IN, generator=torch.Generator().manual_seed(1)).to(DEVICE, F64)
     want = x @ method.merge(base.dequantize(), p).mT + method.merge_bias(base.bias, p)
     assert error(method.apply(base, p, x), want) <= 16 * torch.finfo(torch.float64).eps
