@@ -7,6 +7,7 @@ from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
+from fadapt.peft import load_peft, save_peft
 from fadapt.random import dropout_seeds
 from fadapt.stacking import StackedLoRA, stack, unstack
 
@@ -30,7 +31,9 @@ __all__ = [
     "dropout_seeds",
     "fold",
     "init",
+    "load_peft",
     "register_base",
+    "save_peft",
     "scale_by",
     "stack",
     "unstack",

@@ -1,0 +1,320 @@
+"""PEFT's checkpoint folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+This file is about files and keys; ``peft_config.py`` is about options, ``peft_lora.py`` about what
+is LoRA's own.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fadapt.errors import AdapterError, CheckpointError, FadaptError, listing, near
+from fadapt.functional import join, layers_of, read, saved_modules
+from fadapt.method import Method
+from fadapt.peft_config import (
+    Format,
+    format_named,
+    format_of,
+    read_config,
+    saved_by_peft,
+    write_config,
+)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[str, Any], Any]:
+    """Read an adapter that PEFT, or :func:`save_peft`, saved.
+
+    Args:
+        folder: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: what the adapter is for; only read.
+
+    Returns:
+        ``(params, method)``: ``bind(model, method)(params, x)`` is what PEFT computes. Dtypes are
+        the file's, devices those of the layers. PiSSA and OLoRA adapters, which PEFT keeps relative
+        to a residual of the weights, come back as plain LoRA of twice the rank.
+
+    Raises:
+        CheckpointError: a file is missing, broken or pickled; a key that nothing claims, or a
+            missing one; a shape that does not fit; an option that fadapt does not support.
+
+    Example:
+        >>> import tempfile, torch, fadapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> method = fadapt.LoRA(rank=2, targets=["0"])
+        >>> params = fadapt.init(method, model, generator=torch.Generator().manual_seed(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     fadapt.save_peft(folder, params, method)
+        ...     again, same = fadapt.load_peft(folder, model)
+        >>> torch.equal(again["0"].lora_A, params["0"].lora_A)
+        True
+    """
+    folder = Path(folder)
+    config = _read_json(folder)
+    fmt = format_named(config.get("peft_type"))
+    layers, rest = _sort_keys(_read_tensors(folder), fmt, model)
+    adapted = [p for p, _ in model.named_modules() if p in layers]
+    _check_aliases(adapted, model)
+    method = read_config(config, fmt, model, adapted)
+    at = method.at(adapted)
+    params: dict[str, Any] = {}
+    for path, layer in layers_of(model, method).items():
+        base = read(path, layer)
+        leaf = _unpack(path, layers[path], fmt, at[path])
+        try:
+            at[path].check(base, leaf, path)
+        except AdapterError as error:
+            raise CheckpointError(f"{WEIGHTS}: {error}") from error
+        params[path] = type(leaf)(*(tensor.to(base.device) for tensor in leaf))
+    params |= _take_saved(rest, model, method)
+    _check_rest(rest, model, [join(p, "*") for p in layers])
+    return fmt.convert(params, method, model)
+
+
+def save_peft(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    method: Method,
+    model: nn.Module | None = None,
+) -> None:
+    """Write an adapter as PEFT does: ``PeftModel.from_pretrained(model, folder)`` loads it.
+
+    Whenever the process ends, the folder holds the adapter that it held before, or this one, or
+    (between the two, for an instant) none: never a mixture, and never half a file.
+
+    Args:
+        folder: made if it does not exist; the two files are replaced if they do.
+        params: one adapter (not a stack). Dtypes are kept.
+        method: its hyperparameters. With ``init="pissa"`` or ``"olora"`` the adapter is saved as
+            PEFT saves these: relative to the residual, which PEFT computes again when it loads.
+        model: what the adapter is for, only read. With it the adapter is checked against the
+            model, and the file names the base model. Needed if ``modules_to_save`` have buffers.
+
+    Raises:
+        CheckpointError: ``params`` and ``method`` do not belong together, or PEFT has no way to
+            hold them.
+    """
+    folder = Path(folder)
+    fmt = format_of(method)
+    paths = [p for p, leaf in params.items() if hasattr(leaf, "_fields")]
+    _check_adapter(params, paths, fmt, method, model)
+    tensors: dict[str, Tensor] = {}
+    for path in params:
+        if path in paths:
+            tensors |= {f"{path}{suffix}": t for suffix, t in fmt.pack(params[path]).items()}
+        else:
+            state = {} if model is None else model.get_submodule(path).state_dict()
+            tensors |= {f"{path}.{name}": t for name, t in (state | dict(params[path])).items()}
+    config = write_config(fmt, method, paths, model)
+    _write(folder, {_PREFIX + key: tensor for key, tensor in tensors.items()}, config)
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise CheckpointError(
+            f"{str(folder)!r} is {what}; a PEFT checkpoint is a local folder with {CONFIG} and "
+            f"{WEIGHTS}. For one on a hub, download it first (huggingface_hub.snapshot_download)."
+        )
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        have = listing(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise CheckpointError(f"{str(folder)!r} has no {CONFIG}; it holds {have}.") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise CheckpointError(f"{str(folder / CONFIG)!r} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(folder / CONFIG)!r} is not a JSON object.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{str(folder)!r} holds its weights as a pickle (adapter_model.bin), which can run "
+                "any code when it is read. Convert it where you trust it: "
+                "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+                f"'{WEIGHTS}')."
+            )
+        raise CheckpointError(f"{str(folder)!r} has no {WEIGHTS}.")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(path)!r} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}."
+        ) from error
+    return tensors
+
+
+def _sort_keys(
+    tensors: Mapping[str, Tensor], fmt: Format, model: nn.Module
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """``{layer: {suffix: tensor}}``; and the other keys, less the prefix."""
+    modules = {p for p, _ in model.named_modules()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise CheckpointError(f"{WEIGHTS}: the key {key!r} does not begin with {_PREFIX!r}.")
+        name = key.removeprefix(_PREFIX)
+        suffix = next((s for s in fmt.suffixes if name.endswith(s)), None)
+        if suffix is None:
+            rest[name] = tensor
+            continue
+        path = name.removesuffix(suffix)
+        if path not in modules:
+            raise CheckpointError(
+                f"{WEIGHTS}: the key {key!r} is for a layer that the model does not have."
+                f"{near(path, modules)}"
+            )
+        layers.setdefault(path, {})[suffix] = tensor
+    if not layers:
+        raise CheckpointError(
+            f"{WEIGHTS} holds no parameters of {fmt.peft_type} (keys that end in "
+            f"{listing(fmt.suffixes)}) among its {len(tensors)} keys: {listing(list(tensors))}."
+        )
+    return layers, rest
+
+
+def _unpack(path: str, tensors: Mapping[str, Tensor], fmt: Format, method: Any) -> Any:
+    """One layer's parameters, every tensor used."""
+    try:
+        leaf = fmt.unpack(tensors, method)
+    except KeyError as error:
+        key = _PREFIX + path + str(error.args[0])
+        raise CheckpointError(f"layer {path!r}: the key {key!r} is missing.") from None
+    except AdapterError as error:
+        raise CheckpointError(f"layer {path!r}: {error}") from error
+    if unread := tensors.keys() - fmt.pack(leaf).keys():
+        raise CheckpointError(
+            f"layer {path!r}: {_PREFIX + path + min(unread)!r} is not part of an adapter with "
+            "these options."
+        )
+    return leaf
+
+
+def _check_aliases(paths: Sequence[str], model: nn.Module) -> None:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for path in paths:
+        held = names[id(model.get_submodule(path))]
+        if len(held) > 1:
+            raise CheckpointError(
+                f"layer {path!r} is one module under {len(held)} names ({listing(held)}). PEFT "
+                "adapts it under the first alone, fadapt under all: such an adapter cannot pass "
+                "between them."
+            )
+
+
+def _take_saved(rest: dict[str, Tensor], model: nn.Module, method: Method) -> dict[str, Any]:
+    """The parameters of ``modules_to_save``, taken out of ``rest``."""
+    taken: dict[str, Any] = {}
+    for path, names in saved_modules(model, method).items():
+        held = dict(model.get_submodule(path).named_parameters())
+        taken[path] = {}
+        for name in names:
+            key = join(path, name)
+            if key not in rest:
+                raise CheckpointError(
+                    f"modules_to_save: {WEIGHTS} lacks the key {_PREFIX + key!r}."
+                )
+            tensor = rest.pop(key)
+            if tensor.shape != held[name].shape:
+                raise CheckpointError(
+                    f"modules_to_save: {key!r} is {list(tensor.shape)} in {WEIGHTS} and "
+                    f"{list(held[name].shape)} in the model."
+                )
+            taken[path][name] = tensor.to(held[name].device)
+    return taken
+
+
+def _check_rest(rest: Mapping[str, Tensor], model: nn.Module, claimed: Sequence[str]) -> None:
+    """What is left must be the model's own tensors, unchanged: PEFT writes the buffers of
+    ``modules_to_save`` and, if in doubt, the embeddings."""
+    state = model.state_dict()
+    for name, tensor in rest.items():
+        key = _PREFIX + name
+        own = state.get(name)
+        if own is None:
+            raise CheckpointError(
+                f"{WEIGHTS}: nothing claims the key {key!r}.{near(name, [*state, *claimed])}"
+            )
+        if type(own) is not Tensor or not torch.equal(own.cpu(), tensor.to(own.dtype)):
+            raise CheckpointError(
+                f"{WEIGHTS}: {key!r} {list(tensor.shape)} is a tensor of the base itself, with "
+                f"other values than the model's {list(own.shape)}; an adapter never changes its "
+                "base. If it belongs there (a vocabulary that was resized), load it into the model "
+                "first: model.load_state_dict({...}, strict=False)."
+            )
+
+
+def _check_adapter(
+    params: Mapping[str, Any], paths: Sequence[str], fmt: Format, method: Any, model: Any
+) -> None:
+    try:
+        at = method.at(paths)
+        if model is not None:
+            from fadapt.functional import bind
+
+            bind(model, method)._check(params)
+            _check_aliases(paths, model)
+    except FadaptError as error:
+        raise CheckpointError(f"not saved: {error}") from error
+    for path, leaf in params.items():
+        if not path:
+            raise CheckpointError("PEFT cannot adapt a model that is itself the layer (path '').")
+        tensors = dict(leaf) if path not in paths else fmt.pack(leaf)
+        if path in paths:
+            _unpack(path, tensors, fmt, at[path])
+        for name, tensor in tensors.items():
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise CheckpointError(f"{path}.{name} is a {type(tensor).__name__}, not a tensor.")
+    if model is not None:
+        wide = set(saved_by_peft(method.modules_to_save, model)) - params.keys()
+        if wide:
+            raise CheckpointError(
+                f"modules_to_save={list(method.modules_to_save)}: PEFT takes any name with such an "
+                f"ending, also {listing(sorted(wide))}. Name the modules by longer paths."
+            )
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    from safetensors.torch import save
+
+    # Copies: safetensors refuses views of one storage, such as the slices of a stack.
+    data = save(
+        {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}
+    )
+    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is a file; a PEFT checkpoint is a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / CONFIG
+    new = [(folder / f".{name}.{os.getpid()}.new", folder / name) for name in (WEIGHTS, CONFIG)]
+    try:
+        for (temporary, _), content in zip(new, (data, text), strict=True):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if target.exists() and target.read_bytes() != text:
+            # Old options with new weights would load, and be wrong. Better none, for an instant.
+            target.unlink()
+        for temporary, final in new:
+            os.replace(temporary, final)
+    finally:
+        for temporary, _ in new:
+            temporary.unlink(missing_ok=True)

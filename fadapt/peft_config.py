@@ -1,0 +1,317 @@
+"""``adapter_config.json`` and a method: what each option means, for every method alike.
+
+Read from ``peft/config.py``, ``tuners/tuners_utils.py`` and the methods' ``config.py`` of PEFT
+0.21. A method's own options are in its own file (``peft_lora.py``), which gives a :class:`Format`.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fadapt.errors import CheckpointError, ConfigError, TargetError, listing, near
+from fadapt.method import Method
+from fadapt.targets import ALL_LINEAR, exact_pattern, find_targets, pattern_values
+
+# PEFT's name for a method -> the module that holds its FORMAT.
+_MODULES = {"LORA": "fadapt.peft_lora"}
+
+# Options that say where an adapter comes from, or how PEFT keeps it in memory: no number in them.
+_INERT = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "merge_weights",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# Options that all methods share. ``fan_in_fan_out`` follows from the layer's class, there as here.
+_SHARED = {
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+    "fan_in_fan_out": False,
+}
+
+
+class Format(NamedTuple):
+    """How PEFT writes one method.
+
+    Attributes:
+        peft_type: PEFT's name for it.
+        method: the class of methods that it stands for.
+        options: PEFT's options of this method that are read and written, with PEFT's defaults.
+        inert: options that change no output of a trained adapter.
+        off: ``{option: its value when it is off}``; any other value is refused.
+        suffixes: endings of this method's keys, as ``.lora_A.weight``.
+        read: ``(options, fields that all methods share) -> method``.
+        write: ``(method, paths) -> options``.
+        unpack: ``(tensors by suffix, the method at the layer) -> that layer's parameters``; raises
+            KeyError with a suffix that is missing.
+        pack: ``(one layer's parameters) -> tensors by suffix``.
+        convert: ``(params, method, model) -> (params, method)``, where what is on disk is not yet
+            relative to the model's own weights.
+    """
+
+    peft_type: str
+    method: type
+    options: Mapping[str, Any]
+    inert: frozenset[str]
+    off: Mapping[str, Any]
+    suffixes: Sequence[str]
+    read: Callable[[Mapping[str, Any], dict[str, Any]], Any]
+    write: Callable[[Any, Sequence[str]], dict[str, Any]]
+    unpack: Callable[[Mapping[str, Tensor], Any], Any]
+    pack: Callable[[Any], dict[str, Tensor]]
+    convert: Callable[[dict[str, Any], Any, nn.Module], tuple[dict[str, Any], Any]] = (
+        lambda params, method, model: (params, method)
+    )
+
+
+def format_named(peft_type: object) -> Format:
+    """The format of a config's ``peft_type``."""
+    if peft_type not in _MODULES:
+        raise CheckpointError(
+            f"adapter_config.json: peft_type is {peft_type!r}; fadapt reads "
+            f"{', '.join(sorted(_MODULES))}.{near(str(peft_type), _MODULES)}"
+        )
+    return _format(str(peft_type))
+
+
+def format_of(method: Method) -> Format:
+    """The format that a method is written in."""
+    for name in _MODULES:
+        if type(method) is _format(name).method:
+            return _format(name)
+    stacked = hasattr(method, "members")
+    hint = " Save the adapters of a stack one by one: fadapt.unstack(stack, unit)."
+    raise CheckpointError(
+        f"PEFT has no format for a {type(method).__name__}.{hint if stacked else ''}"
+    )
+
+
+def _format(name: str) -> Format:
+    found: Format = import_module(_MODULES[name]).FORMAT
+    return found
+
+
+def read_config(
+    config: Mapping[str, Any], fmt: Format, model: nn.Module, adapted: Sequence[str]
+) -> Any:
+    """The method that a config describes.
+
+    PEFT skips in silence what matches nothing in the model. Here too, for no output depends on it,
+    but with a warning; the method is then spelt so that it passes fadapt's strict rules.
+
+    Args:
+        config: the file's content.
+        fmt: its format.
+        model: what the adapter is for.
+        adapted: the paths of the layers that the weights file holds parameters for.
+
+    Raises:
+        CheckpointError: an option that fadapt does not know or does not support; the config's
+            targets are not the layers that the file holds.
+    """
+    options = _checked(config, fmt)
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
+        options[name] = _listed(options[name])
+    try:
+        _check_targets(options, model, adapted)
+    except re.error as error:
+        raise CheckpointError(f"adapter_config.json: not a regular expression: {error}.") from error
+    dropped: list[str] = []
+    shared = _spelt(options, model, adapted, dropped)
+    for name in {"rank_pattern", "alpha_pattern"} & options.keys():
+        living = {}
+        for key, value in (options[name] or {}).items():
+            try:
+                pattern_values({key: value}, adapted, name)
+                living[key] = value
+            except TargetError:
+                dropped.append(f"{name}: {key}")
+        options[name] = living
+    if dropped:
+        warnings.warn(
+            f"adapter_config.json: {listing(sorted(dropped))} match nothing in this model. PEFT "
+            "skips them in silence; no output depends on them.",
+            stacklevel=3,
+        )
+    try:
+        return fmt.read(options, shared)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"adapter_config.json: {error}") from error
+
+
+def write_config(fmt: Format, method: Any, paths: Sequence[str], model: nn.Module | None) -> Any:
+    """The content of ``adapter_config.json``, of plain JSON types.
+
+    Args:
+        fmt: the method's format.
+        method: the hyperparameters.
+        paths: the adapted layers.
+        model: where the base's name and the layers' classes are read, if given.
+    """
+    targets = method.targets
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        # PEFT knows this word for transformers' models alone, and writes what it found, as here.
+        targets = list(paths) if not _ambiguous(paths) else exact_pattern(paths)
+    config = {
+        "peft_type": fmt.peft_type,
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        **fmt.off,
+        **fmt.options,
+        **fmt.write(method, paths),
+        "target_modules": _plain(targets),
+        "exclude_modules": _plain(method.exclude) or None,
+        "layers_to_transform": list(method.layers_to_transform) or None,
+        "layers_pattern": list(method.layers_pattern) or None,
+        "modules_to_save": list(method.modules_to_save) or None,
+        "fan_in_fan_out": False,
+    }
+    if model is not None:
+        kind = type(model)
+        config["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+        config["auto_mapping"] = {
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
+        }
+        config["fan_in_fan_out"] = any(
+            type(model.get_submodule(p)).__name__ == "Conv1D" for p in paths
+        )
+    return config
+
+
+def saved_by_peft(names: Sequence[str], model: nn.Module) -> list[str]:
+    """The modules that PEFT's ``modules_to_save`` stands for: any name with that ending, even in
+    the middle of a word (``_set_trainable`` in ``peft/utils/other.py``)."""
+    paths = [p for p, _ in model.named_modules(remove_duplicate=False)]
+    return [p for p in paths if any(p.endswith(n) for n in names)]
+
+
+def _checked(config: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
+    """The options that are read, defaults filled in; the others are refused or known to be inert.
+
+    ``null`` is PEFT's spelling of "not set" for an option of any type.
+    """
+    known = _SHARED | dict(fmt.options)
+    name = "adapter_config.json"
+    for key, value in config.items():
+        if key in known or key in _INERT or key in fmt.inert or value is None:
+            continue
+        if key not in fmt.off:
+            every = {*known, *fmt.off, *fmt.inert, *_INERT}
+            raise CheckpointError(
+                f"{name}: {key}={value!r} is an option that fadapt does not know, and so cannot "
+                f"tell whether it changes the outputs.{near(key, every)}"
+            )
+        if value != fmt.off[key] and value not in ({}, []):
+            raise CheckpointError(
+                f"{name}: {key}={value!r} changes the outputs, and fadapt does not support it "
+                f"(only {fmt.off[key]!r})."
+            )
+    options = {k: config[k] if config.get(k) is not None else v for k, v in known.items()}
+    for key, default in known.items():
+        kind: Any = int | float if type(default) in (int, float) else type(default)
+        if type(default) in (int, float, dict) and (
+            not isinstance(options[key], kind) or isinstance(options[key], bool)
+        ):
+            raise CheckpointError(f"{name}: {key}={options[key]!r} must be a {kind}.")
+    return options
+
+
+def _check_targets(options: Mapping[str, Any], model: nn.Module, adapted: Sequence[str]) -> None:
+    targets = options["target_modules"]
+    if targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR):
+        return  # PEFT chose by the model's architecture: the file holds what it chose.
+    wanted = [p for p, _ in model.named_modules() if p and _is_target(p, options)]
+    if missing := [p for p in wanted if p not in adapted]:
+        raise CheckpointError(
+            f"by adapter_config.json {len(wanted)} layers are adapted, but "
+            f"adapter_model.safetensors lacks {listing(missing)}. The file is of another "
+            "configuration, or was cut short."
+        )
+    if extra := [p for p in adapted if p not in wanted]:
+        raise CheckpointError(
+            f"adapter_model.safetensors holds parameters for {listing(extra)}, which "
+            f"adapter_config.json does not target (target_modules={targets!r})."
+        )
+
+
+def _is_target(path: str, options: Mapping[str, Any]) -> bool:
+    """PEFT's rule, ``check_target_module_exists`` in ``peft/tuners/tuners_utils.py``."""
+    targets, exclude = options["target_modules"], options["exclude_modules"] or ()
+    if _hit(path, exclude):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in options["modules_to_save"]):
+        return False
+    if isinstance(targets, str) or path in targets or not _hit(path, targets):
+        return _hit(path, targets)
+    blocks, lists = options["layers_to_transform"], options["layers_pattern"]
+    if not blocks:
+        return True
+    prefixes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in lists] or [r".*?\.[^.]*\.(\d+)\."]
+    found = [m for m in (re.match(p, path) for p in prefixes) if m]
+    return bool(found) and int(found[0][1]) in blocks
+
+
+def _hit(path: str, patterns: str | Sequence[str]) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == p or path.endswith(f".{p}") for p in patterns)
+
+
+def _spelt(
+    options: Mapping[str, Any], model: nn.Module, adapted: Sequence[str], dropped: list[str]
+) -> dict[str, Any]:
+    """The fields that say which layers: as in the config where that passes the strict rules, else
+    by exact paths."""
+    names = [p for p, _ in model.named_modules()]
+    targets, exclude = options["target_modules"], options["exclude_modules"] or ()
+    for what, given in (("target_modules", targets or ()), ("exclude_modules", exclude)):
+        patterns = [] if isinstance(given, str) else given
+        dropped += [f"{what}: {p}" for p in patterns if not any(_hit(n, [p]) for n in names)]
+    saved = [m for m in options["modules_to_save"] if any(_hit(n, [m]) for n in names)]
+    wide = set(saved_by_peft(options["modules_to_save"], model))
+    if wide != {n for n in names if _hit(n, saved)}:
+        saved = sorted(wide)
+    as_given: dict[str, Any] = {
+        "targets": targets if isinstance(targets, str) else tuple(targets or ()),
+        "exclude": exclude if isinstance(exclude, str) else tuple(exclude),
+        "layers_to_transform": tuple(options["layers_to_transform"]),
+        "layers_pattern": tuple(options["layers_pattern"]),
+        "modules_to_save": tuple(saved),
+    }
+    try:
+        if list(find_targets(model, *as_given.values())) == list(adapted):
+            return as_given
+    except TargetError:
+        pass
+    return {"targets": exact_pattern(adapted), "modules_to_save": tuple(saved)}
+
+
+def _ambiguous(paths: Sequence[str]) -> bool:
+    return any(a.endswith(f".{b}") for a in paths for b in paths)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return [value] if isinstance(value, int | str) else list(value)
+
+
+def _plain(patterns: str | Sequence[str]) -> str | list[str]:
+    return patterns if isinstance(patterns, str) else list(patterns)
