@@ -1,133 +1,212 @@
-"""For tests of code that uses fadapt."""
+"""For tests of code that uses fadapt: hypothesis strategies, and a check that nothing changed.
 
-import ctypes
-import hashlib
-import logging
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+Needs hypothesis, which is imported when this module is. The strategies shrink towards one float32
+layer and a LoRA of rank 1.
+
+Example:
+    >>> import torch, fadapt as fa, fadapt.testing as ft
+    >>> from hypothesis import given, settings, strategies as st
+    >>> @settings(max_examples=10, deadline=None)
+    ... @given(data=st.data(), model=ft.models())
+    ... def test_a_stack_of_two_is_a_loop_over_two(data, model):
+    ...     method = data.draw(ft.methods(model))
+    ...     pair = [data.draw(ft.adapters(model, method)) for _ in range(2)]
+    ...     forward, x = fa.bind(model, method), data.draw(ft.inputs(model))
+    ...     ys = torch.func.vmap(forward, in_dims=(0, None))(fa.stack(pair), x)
+    ...     want = torch.stack([forward(p, x) for p in pair])
+    ...     torch.testing.assert_close(ys, want)
+    >>> test_a_stack_of_two_is_a_loop_over_two()
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_map
 
-T = TypeVar("T")
+from fadapt.adapter import init
+from fadapt.bases import is_supported
+from fadapt.functional import layers_of
+from fadapt.lora import LoRA
+from fadapt.method import Method
+from fadapt.purity import assert_pure
+
+__all__ = [
+    "assert_pure",
+    "adapters",
+    "dtypes",
+    "generators",
+    "inputs",
+    "linears",
+    "methods",
+    "models",
+    "shapes",
+    "targets",
+]
+
+SEEDS = st.integers(0, 2**32 - 1)
 
 
-def assert_pure(fn: Callable[[], T], *things: Any) -> T:
-    """Call ``fn()``, and raise AssertionError if that changed anything.
+def dtypes(*allowed: torch.dtype) -> Any:
+    """Strategy for floating dtypes: float32, float64, bfloat16 and float16, or those given."""
+    return st.sampled_from(allowed or (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
-    Watched are every byte of every tensor's whole storage in ``things`` (inside tensor subclasses
-    too), ``requires_grad`` and ``grad``, the modules' trees, modes and hooks; and, without being
-    named, the global random states, the default dtype and device, whether gradients are on, and
-    every logger's level and handlers.
+
+def generators() -> Any:
+    """Strategy for ``torch.Generator`` on the CPU, each with a seed of its own."""
+    return SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))
+
+
+def shapes(features: int, max_axes: int = 2, max_side: int = 4) -> Any:
+    """Strategy for an input's shape, ``(*batch, features)`` with up to ``max_axes`` batch axes."""
+    return st.lists(st.integers(1, max_side), max_size=max_axes).map(lambda b: (*b, features))
+
+
+@st.composite
+def inputs(draw: Any, model: nn.Module, max_axes: int = 2) -> Tensor:
+    """Strategy for standard normal inputs ``[..., in_features]`` of a model or layer of ours, in
+    the dtype of its first parameter."""
+    dtype = next(p for p in model.parameters()).dtype
+    shape = draw(shapes(model.in_features, max_axes))  # type: ignore[arg-type]
+    return torch.randn(shape, generator=draw(generators())).to(dtype)
+
+
+@st.composite
+def linears(
+    draw: Any, in_features: Any = None, out_features: Any = None, dtype: Any = None
+) -> nn.Linear:
+    """Strategy for dense layers, with and without a bias.
 
     Args:
-        fn: takes no arguments.
-        *things: modules, tensors, what ``bind`` returned, or any pytree of tensors.
-
-    Returns:
-        What ``fn`` returned.
-
-    Raises:
-        AssertionError: naming what changed.
-
-    Example:
-        >>> import torch, fadapt as fa
-        >>> from fadapt.testing import assert_pure
-        >>> model, method = torch.nn.Linear(4, 3), fa.LoRA(rank=2)
-        >>> params = fa.init(method, model, generator=torch.Generator().manual_seed(0))
-        >>> forward, x = fa.bind(model, method), torch.ones(2, 4)
-        >>> assert_pure(lambda: forward(params, x), model, forward, params, x).shape
-        torch.Size([2, 3])
-        >>> assert_pure(lambda: x.add_(1), x)
-        Traceback (most recent call last):
-        AssertionError: not pure: argument 0 changed: bytes
+        in_features, out_features: strategies for sizes; 1 to 8 if None.
+        dtype: a strategy for the dtype; float32 if None.
     """
-    before = snapshot(*things)
-    result = fn()
-    after = snapshot(*things)
-    changed = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
-    assert not changed, f"not pure: {', '.join(sorted(changed)[:8])}"
-    return result
+    n_in = draw(st.integers(1, 8) if in_features is None else in_features)
+    n_out = draw(st.integers(1, 8) if out_features is None else out_features)
+    kind = torch.float32 if dtype is None else draw(dtype)
+    layer = nn.Linear(n_in, n_out, bias=draw(st.booleans()), device="meta", dtype=kind)
+    g = draw(generators())
+    for name, p in list(layer.named_parameters()):
+        value = torch.randn(p.shape, generator=g) / n_in**0.5
+        setattr(layer, name, nn.Parameter(value.to(kind)))
+    return layer
 
 
-def snapshot(*things: Any) -> dict[str, Any]:
-    """What :func:`assert_pure` compares, by name."""
-    found: dict[str, Any] = {
-        "the global random state changed": _digest(torch.get_rng_state())[1],
-        "the default dtype changed": torch.get_default_dtype(),
-        "the default device changed": torch.get_default_device(),
-        "gradient mode changed": torch.is_grad_enabled(),
-    }
-    if torch.cuda.is_initialized():
-        for k, state in enumerate(torch.cuda.get_rng_state_all()):
-            found[f"the random state of cuda:{k} changed"] = _digest(state)[1]
-    loggers = {"root": logging.root} | logging.root.manager.loggerDict
-    for name, logger in loggers.items():
-        if isinstance(logger, logging.Logger):
-            handlers = tuple(logger.handlers)
-            found[f"logger {name} changed"] = (logger.level, logger.disabled, handlers)
-    for k, thing in enumerate(things):
-        for name, value in _watch(thing):
-            found[f"argument {k}{name}"] = value
-    return found
+class Net(nn.Module):
+    """What :func:`models` draws: ``head(x + blocks(inlet(x)))``, with what real models have: a list
+    of blocks, norms, layers under two names, and two layers with one weight."""
+
+    def __init__(self, inlet: nn.Module, blocks: Sequence[nn.Module], head: nn.Module):
+        super().__init__()
+        self.inlet, self.head = inlet, head
+        self.blocks = nn.ModuleList(blocks)
+        self.in_features, self.out_features = inlet.in_features, head.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``."""
+        h = self.inlet(x)
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.head(h)
+        return out
 
 
-def _watch(thing: Any) -> Iterator[tuple[str, Any]]:
-    thing = getattr(thing, "shell", thing)
-    if not isinstance(thing, nn.Module):
-        leaves, spec = tree_flatten(thing)
-        yield " changed: structure", str(spec)
-        for k, leaf in enumerate(leaves):
-            name = f"[{k}]" if len(leaves) > 1 else ""
-            yield from _watch_tensor(name, leaf) if isinstance(leaf, Tensor) else [(name, leaf)]
-        return
-    for path, module in thing.named_modules(remove_duplicate=False):
-        where = f".{path}" if path else ""
-        yield (
-            f"{where} changed: mode, class or children",
-            (
-                type(module),
-                module.training,
-                [(name, id(child)) for name, child in module.named_children()],
-            ),
+class Block(nn.Module):
+    """``down(tanh(up(norm(h))))``."""
+
+    def __init__(self, up: nn.Module, down: nn.Module, norm: nn.Module):
+        super().__init__()
+        self.norm, self.up_proj, self.down_proj = norm, up, down
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``[..., width] -> [..., width]``."""
+        out: Tensor = self.down_proj(torch.tanh(self.up_proj(self.norm(h))))
+        return out
+
+
+@st.composite
+def models(draw: Any, dtype: Any = None) -> nn.Module:
+    """Strategy for small models in eval mode: up to three residual blocks between two layers, some
+    blocks used twice, some weights tied. Each has ``in_features`` and ``out_features``.
+
+    Quantize them by ``models().map(f)``.
+
+    Args:
+        dtype: a strategy for the one dtype of all parameters; float32 if None.
+    """
+    kind = st.just(torch.float32 if dtype is None else draw(dtype))
+    width, inner = st.just(draw(st.integers(1, 8))), st.just(draw(st.integers(1, 8)))
+    blocks: list[nn.Module] = []
+    for _ in range(draw(st.integers(0, 3))):
+        if blocks and draw(st.booleans()):
+            blocks.append(blocks[0])
+            continue
+        up, down = draw(linears(width, inner, kind)), draw(linears(inner, width, kind))
+        if blocks and draw(st.booleans()):
+            down.weight = blocks[0].get_parameter("down_proj.weight")
+        norm = nn.LayerNorm(up.in_features, dtype=up.weight.dtype)
+        blocks.append(Block(up, down, norm if draw(st.booleans()) else nn.Identity()))
+    inlet, head = draw(linears(None, width, kind)), draw(linears(width, None, kind))
+    return Net(inlet, blocks, head).eval()
+
+
+@st.composite
+def targets(draw: Any, model: nn.Module) -> Any:
+    """Strategy for the ``targets`` of a method, in each spelling; some layer always matches."""
+    names = [name for name, module in model.named_modules() if is_supported(module)]
+    if names == [""]:
+        return "all-linear"
+    whole = st.lists(st.sampled_from(names), min_size=1, unique=True)
+    every = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    tails = {name.rsplit(".", 1)[-1] for name in names}
+    # An ending must not match other modules as well: "0" ends a block's path and a layer's.
+    usable = [
+        tail
+        for tail in sorted(tails)
+        if all(
+            is_supported(model.get_submodule(name))
+            for name in every
+            if name == tail or name.endswith(f".{tail}")
         )
-        yield (
-            f"{where} changed: hooks",
-            [tuple(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")],
-        )
-        # vars() holds parameters, buffers, and whatever a vendor keeps as a plain attribute.
-        for name, value in vars(module).items():
-            if name != "_modules" and not name.endswith("_hooks"):
-                for k, leaf in enumerate(tree_flatten(value)[0]):
-                    if isinstance(leaf, Tensor):
-                        yield from _watch_tensor(f"{where}.{name}[{k}]", leaf)
-                    elif leaf is None or isinstance(leaf, bool | int | float | str):
-                        yield f"{where}.{name}[{k}] changed", leaf
+    ]
+    spellings = [st.just("all-linear"), whole, whole.map(lambda n: "|".join(map(re.escape, n)))]
+    if usable:
+        spellings.append(st.lists(st.sampled_from(usable), min_size=1, unique=True))
+    return draw(st.one_of(spellings))
 
 
-def _watch_tensor(name: str, tensor: Tensor) -> Iterator[tuple[str, Any]]:
-    yield (
-        f"{name} changed: shape, dtype or strides",
-        (
-            type(tensor),
-            tensor.shape,
-            tensor.dtype,
-            tensor.device,
-            None if hasattr(tensor, "__tensor_flatten__") else tensor.stride(),
-        ),
+@st.composite
+def methods(draw: Any, model: nn.Module) -> Method:
+    """Strategy for methods that fit the model: LoRA in its variants, dropout and the
+    initialisations that need another base (PiSSA, OLoRA) left out."""
+    kind = draw(st.sampled_from(["kaiming", "gaussian", "orthogonal"]))
+    ranks = st.sampled_from([2, 4]) if kind == "orthogonal" else st.integers(1, 4)
+    method = LoRA(
+        rank=draw(ranks),
+        alpha=draw(st.sampled_from([None, 1.0, 3.0, 16.0])),
+        targets=draw(targets(model)),
+        rslora=draw(st.booleans()),
+        lora_bias=draw(st.booleans()),
+        init=kind,
     )
-    yield f"{name} changed: requires_grad", tensor.requires_grad
-    grad = tensor.grad if tensor.is_leaf else None
-    yield f"{name} changed: grad", None if grad is None else _digest(grad)
-    yield f"{name} changed: bytes", _digest(tensor)
+    paths = sorted(filter(None, layers_of(model, method)))
+    if not paths or not draw(st.booleans()):
+        return method
+    pattern = {re.escape(draw(st.sampled_from(paths))): draw(ranks)}
+    return replace(method, rank_pattern=pattern)
 
 
-def _digest(tensor: Tensor) -> tuple[Any, ...]:
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return tuple((name, _digest(getattr(tensor, name))) for name in names)
-    storage = tensor.untyped_storage()
-    size = storage.nbytes()
-    content = ctypes.string_at(storage.cpu().data_ptr(), size) if size else b""
-    return (storage.data_ptr(), hashlib.sha256(content).hexdigest())
+@st.composite
+def adapters(draw: Any, model: nn.Module, method: Method, fresh: bool = False) -> dict[str, Any]:
+    """Strategy for adapters of ``method``, with normal noise on every leaf unless ``fresh``."""
+    g = draw(generators())
+    params: dict[str, Any] = init(method, model, generator=g)
+    if fresh:
+        return params
+    return tree_map(  # type: ignore[no-any-return]
+        lambda t: t + torch.randn(t.shape, generator=g).to(t) / 4, params
+    )
