@@ -52,7 +52,7 @@ class OFT:
         cayley: ``"exact"``, ``R = (I - Q) (I + Q)^-1``; ``"neumann"``, the first ``terms`` terms of
             its series ``I + 2 sum_k (-Q)^k``; or ``"auto"``, the series for each block where its
             error is bounded by 1e-3, else exact.
-        terms: of the series, the identity counted.
+        terms: of the series, the identity counted: at least 2.
         coft: constrain each block to ``|Q|_F <= eps / sqrt(r)`` (COFT). See :meth:`project`.
         eps: of that constraint.
         block_share: one block of parameters for all.
@@ -104,7 +104,7 @@ class OFT:
                 f"block_size={self.block_size} and blocks={self.blocks} say the same thing twice: "
                 "blocks x block_size is the layer's input width. Give one of them."
             )
-        for name, least in (("block_size", 2), ("blocks", 1), ("terms", 1)):
+        for name, least in (("block_size", 2), ("blocks", 1), ("terms", 2)):
             value = getattr(self, name)
             wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
             if value is not None and wrong:
@@ -317,7 +317,7 @@ class OFT:
             return polynomial(Q, [1.0] + [2.0 * (-1) ** k for k in range(1, self.terms)])
         # As oft/layer.py of PEFT 0.18 and later, where 3 and 4 terms are one thing.
         middle = [2.0] * (max(self.terms, 4) - 2)
-        return polynomial(Q, [1.0, 2.0][: self.terms] if self.terms < 3 else [1.0, *middle, 1.0])
+        return polynomial(Q, [1.0, 2.0] if self.terms == 2 else [1.0, *middle, 1.0])
 
     def _either(self, Q: Tensor) -> Tensor:
         # Q's eigenvalues come in pairs +-i t, so the largest t is at most |Q|_F / sqrt(2), and what

@@ -1,0 +1,438 @@
+"""OFT: law 7 under hypothesis, PEFT's own numbers, COFT, dropout, prepared rotations."""
+
+import copy
+import itertools
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vjp, vmap
+from torch.utils._pytree import tree_map
+
+import fadapt as fa
+from fadapt.errors import AdapterError, ConfigError
+from fadapt.oft import polynomial, skew
+from fadapt.testing import assert_pure
+
+EPS = torch.finfo(torch.float32).eps
+EPS64 = torch.finfo(torch.float64).eps
+
+
+def model_of(width: int = 12, dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 6)).to(dtype)
+
+
+def gaussian(shape: Any, seed: int = 0, std: float = 1.0) -> Tensor:
+    return std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(method: fa.OFT, model: nn.Module, seed: int = 0, std: float = 0.1) -> Any:
+    g = torch.Generator().manual_seed(seed)
+    return tree_map(
+        lambda t: (std * torch.randn(t.shape, generator=g)).to(t), fa.init(method, model)
+    )
+
+
+# Law 7
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4, 6, 12]),
+    st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+    st.booleans(),
+    st.integers(0, 100),
+)
+def test_law_7_exact_cayley_rotates(size: int, std: float, share: bool, seed: int):
+    layer = nn.Linear(12, 7, dtype=torch.float64)
+    method = fa.OFT(block_size=size, block_share=share)
+    params = drawn(method, layer, seed, std)
+    R = method.rotation(params[""])
+    # A solve is backward stable: its error is a few eps times the condition number of I + Q, which
+    # for a skew Q is at most 1 + |Q|.
+    tolerance = 16 * 12 * EPS64 * (1 + float(torch.linalg.matrix_norm(skew(params[""][0])).max()))
+    assert (R @ R.mT - torch.eye(size)).abs().max() <= tolerance
+    assert (torch.linalg.det(R) - 1).abs().max() <= tolerance
+    error = method.orthogonality_error(params)[""]
+    assert 0 <= error <= 12 * tolerance
+    # The neurons, rows of W, keep their lengths and the angles between them.
+    W = layer.weight.detach()
+    merged = method.merge(W, params[""])
+    scale = W.norm(dim=-1).max() ** 2
+    assert (merged @ merged.mT - W @ W.mT).abs().max() <= 12 * tolerance * scale
+    assert std < 0.1 or (merged - W).abs().max() > 1e-3
+    # Merging commutes with applying, and unmerging inverts it.
+    x = gaussian((3, 12), seed + 1).double()
+    y = fa.bind(layer, method)(params, x)
+    assert (y - functional_call(layer, {"weight": merged}, x)).abs().max() <= 100 * tolerance
+    assert (method.unmerge(merged, params[""]) - W).abs().max() <= 100 * tolerance
+
+
+@pytest.mark.parametrize("cayley", ["neumann", "auto"])
+def test_merge_by_rows_and_unmerge_without_orthogonality(cayley: str):
+    layer = nn.Linear(12, 7, dtype=torch.float64)
+    method = fa.OFT(block_size=4, cayley=cayley, terms=3)
+    params = drawn(method, layer, std=0.3)
+    W = layer.weight.detach()
+    merged = method.merge(W, params[""])
+    assert torch.equal(merged[2:5], method.merge(W[2:5], params[""], slice(2, 5)))
+    # By an inverse of blocks whose condition is under 10.
+    assert (method.unmerge(merged, params[""]) - W).abs().max() <= 1000 * EPS64
+    prepared = method.prepare(params)[""]
+    assert torch.equal(merged, method.merge(W, prepared))
+    assert (method.unmerge(merged, prepared) - W).abs().max() <= 1000 * EPS64
+
+
+def test_merge_computes_in_the_wider_dtype():
+    layer, method = nn.Linear(12, 7), fa.OFT(block_size=4, dtype=torch.bfloat16)
+    params = drawn(method, layer)
+    merged = method.merge(layer.weight.detach(), params[""])
+    assert merged.dtype == torch.float32
+    wide = tree_map(lambda t: t.double(), params[""])
+    want = method.merge(layer.weight.detach().double(), wide)
+    assert (merged - want).abs().max() <= 12 * EPS  # sums of 4 products of order 1, and a solve
+
+
+# The series
+
+
+@given(st.integers(0, 12), st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_polynomial_is_the_plain_sum(degree: int, seed: int):
+    X = gaussian((2, 3, 3), seed, 0.5).double()
+    coefficients = [float(c) for c in gaussian((degree + 1,), seed + 1)]
+    want = sum(c * torch.linalg.matrix_power(X, k) for k, c in enumerate(coefficients))
+    size = sum(abs(c) * torch.linalg.matrix_norm(X).max() ** k for k, c in enumerate(coefficients))
+    assert (polynomial(X, coefficients) - want).abs().max() <= 100 * EPS64 * size
+
+
+def test_every_term_of_our_series_counts_and_leads_to_the_exact_form():
+    layer = nn.Linear(12, 7, dtype=torch.float64)
+    params = drawn(fa.OFT(block_size=4), layer, std=0.15)
+    exact = fa.OFT(block_size=4).rotation(params[""])
+    Q = skew(params[""].oft_R)
+    top = float(torch.linalg.eigvals(Q).abs().max())
+    assert top < 0.9
+    errors = []
+    for terms in range(2, 12):
+        method = fa.OFT(block_size=4, cayley="neumann", terms=terms)
+        error = float(torch.linalg.matrix_norm(method.rotation(params[""]) - exact, 2).max())
+        # What is left out of a geometric series in Q: 2 |Q|^terms / |1 + i t|, with |1 + i t| >= 1.
+        assert error <= 2 * top**terms + 1e-14
+        errors.append(error)
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_a_last_term_counted_in_full_is_nearer_to_a_rotation_than_half_of_it():
+    layer = nn.Linear(32, 4)
+    params = drawn(fa.OFT(block_size=32), layer, std=0.02)
+    ours, theirs = (
+        fa.OFT(cayley="neumann", form=form).orthogonality_error(params)[""]
+        for form in ("own", "peft")
+    )
+    assert ours < theirs / 3
+
+
+def test_auto_takes_the_series_where_it_is_good_and_the_exact_form_elsewhere():
+    layer = nn.Linear(12, 7)
+    vectors = gaussian((3, 6))
+    vectors = vectors / vectors.norm(dim=-1, keepdim=True) * torch.tensor([[0.05], [0.5], [1e12]])
+    auto, series, exact = (
+        fa.OFT(block_size=4, cayley=c, terms=5) for c in ("auto", "neumann", "exact")
+    )
+
+    def rotation(method: fa.OFT, v: Tensor) -> Tensor:
+        return method.rotation(fa.OFTParams(v))
+
+    R = rotation(auto, vectors)
+    assert torch.equal(R[0], rotation(series, vectors)[0])
+    assert torch.equal(R[1:], rotation(exact, vectors)[1:])
+    assert torch.equal(rotation(auto, vectors[:1]), rotation(series, vectors[:1]))
+    assert torch.equal(rotation(auto, vectors[1:]), rotation(exact, vectors[1:]))
+    # What a transform or the compiler traces takes no branch, and gives the same.
+    traced = vmap(lambda v: rotation(auto, v))(torch.stack([vectors, vectors / 7]))
+    assert torch.equal(traced[0], R)
+    slope = grad(lambda v: rotation(auto, v).square().sum())(vectors)
+    assert slope.isfinite().all()
+    assert layer.weight.grad is None
+
+
+def test_the_rotation_does_not_lose_digits_under_autocast():
+    method, params = fa.OFT(block_size=4), fa.OFTParams(gaussian((3, 6)))
+    want = method.rotation(params)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(method.rotation(params), want)
+
+
+# PEFT as the oracle
+
+
+def peft_twin(model: nn.Module, names: tuple[str, ...] = ("default",), **config: Any) -> Any:
+    options = {"oft_block_size": 4, "target_modules": ["0", "2"]} | config
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(model), peft.OFTConfig(**options), adapter_name=names[0]
+    )
+    for name in names[1:]:
+        wrapped.add_adapter(name, peft.OFTConfig(**options))
+    return wrapped.eval()
+
+
+def put(wrapped: Any, params: Any, name: str = "default") -> None:
+    for path, leaf in params.items():
+        layer = wrapped.base_model.model.get_submodule(path)
+        layer.oft_R[name].weight.data.copy_(leaf.oft_R)
+
+
+THEIRS = [
+    pytest.param(
+        {"use_cayley_neumann": False}, fa.OFT(block_size=4, cayley="exact"), 0.5, id="exact"
+    ),
+    *(
+        pytest.param(
+            {"use_cayley_neumann": True, "num_cayley_neumann_terms": terms},
+            fa.OFT(block_size=4, cayley="neumann", terms=terms, form="peft"),
+            0.2,
+            id=f"series-{terms}",
+        )
+        for terms in range(2, 8)
+    ),
+    pytest.param(
+        {"use_cayley_neumann": False, "oft_block_size": 2, "block_share": True},
+        fa.OFT(block_size=2, block_share=True),
+        0.5,
+        id="shared",
+    ),
+    pytest.param(
+        {"use_cayley_neumann": False, "coft": True, "eps": 0.5},
+        fa.OFT(block_size=4, coft=True, eps=0.5),
+        0.5,
+        id="coft",
+    ),
+    pytest.param(
+        {"oft_block_size": 0, "r": 2},
+        fa.OFT(blocks=2, cayley="neumann", form="peft"),
+        0.1,
+        id="blocks",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "method", "std"), THEIRS)
+def test_peft_outputs_gradients_and_merged_weights(config: Any, method: fa.OFT, std: float):
+    model = model_of()
+    params = drawn(method, model, std=std)
+    wrapped, x = peft_twin(model, **config), gaussian((5, 12))
+    put(wrapped, params)
+    forward = fa.bind(model, method)
+    want = wrapped(x)
+    # A dozen products and sums a layer, of numbers of order 1, in another order.
+    assert (forward(params, x) - want).abs().max() <= 32 * EPS * want.abs().max()
+    assert (want - model(x)).abs().max() > 1e-2
+
+    if not method.coft:  # whose gradient PEFT takes past the projection that it has written
+        wrapped.zero_grad()
+        want.square().mean().backward()
+        grads = grad(lambda p: forward(p, x).square().mean())(params)
+        for path, leaf in grads.items():
+            theirs = wrapped.base_model.model.get_submodule(path).oft_R["default"].weight.grad
+            assert (leaf.oft_R - theirs).abs().max() <= 128 * EPS * theirs.abs().max()
+
+    merged = wrapped.merge_and_unload()
+    for path, leaf in params.items():
+        base = fa.base_of(model.get_submodule(path))
+        ours = method.merge(base.dequantize(), leaf)
+        assert (ours - merged.get_submodule(path).weight).abs().max() <= 32 * EPS
+
+
+def test_pefts_series_rotates_the_other_way_and_ours_does_not():
+    params = fa.OFTParams(gaussian((3, 6), std=0.05))
+    exact = fa.OFT(block_size=4).rotation(params)
+    ours = fa.OFT(block_size=4, cayley="neumann").rotation(params)
+    theirs = fa.OFT(block_size=4, cayley="neumann", form="peft").rotation(params)
+    moved = (exact - torch.eye(4)).norm()
+    assert (ours - exact).norm() < 1e-3 * moved
+    assert (theirs - exact).norm() > 1.5 * moved
+    assert (theirs.mT - exact).norm() < 1e-2 * moved
+
+
+# COFT
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-4, 2.0), st.floats(1e-4, 2.0), st.integers(0, 50))
+def test_coft_is_a_pure_projection(eps: float, std: float, seed: int):
+    model, method = model_of(), fa.OFT(block_size=4, coft=True, eps=eps)
+    params = drawn(method, model, seed, std)
+    forward, x = fa.bind(model, method), gaussian((5, 12))
+    y = assert_pure(lambda: forward(params, x), params, model, x)
+    inside = method.project(params)
+    for path, leaf in inside.items():
+        norms = torch.linalg.matrix_norm(skew(leaf.oft_R))
+        rows = leaf.oft_R.shape[0]
+        assert (norms <= eps / rows**0.5 * (1 + 1e-5)).all()
+        # A block that was inside is left as it was, and one outside keeps its direction.
+        was = torch.linalg.matrix_norm(skew(params[path].oft_R))
+        kept = was <= eps / rows**0.5
+        assert torch.equal(leaf.oft_R[kept], params[path].oft_R[kept])
+        cosine = torch.cosine_similarity(leaf.oft_R, params[path].oft_R, dim=-1)
+        assert (cosine - 1).abs().max() <= 8 * EPS
+    again = method.project(inside)
+    for path, leaf in inside.items():
+        assert torch.equal(leaf.oft_R, again[path].oft_R)
+    assert torch.equal(y, forward(inside, x))
+
+
+def test_coft_has_a_gradient_at_zero_and_on_the_border():
+    model, method = model_of(), fa.OFT(block_size=4, coft=True, eps=0.1)
+    forward, x = fa.bind(model, method), gaussian((5, 12))
+    free = fa.bind(model, fa.OFT(block_size=4))
+
+    def slopes(f: Any, p: Any) -> Any:
+        return grad(lambda p: f(p, x).square().sum())(p)
+
+    fresh = fa.init(method, model)
+    border = method.project(drawn(method, model))
+    for params in (fresh, border):
+        ours, theirs = slopes(forward, params), slopes(free, params)
+        for path in params:
+            assert theirs[path].oft_R.abs().max() > 0
+            assert torch.equal(ours[path].oft_R, theirs[path].oft_R)
+
+
+# Dropout
+
+
+def test_dropout_replaces_whole_blocks_by_the_identity():
+    layer, method = nn.Linear(12, 7), fa.OFT(block_size=4, dropout=0.5)
+    params, x = drawn(method, layer, std=0.5), gaussian((5, 12))
+    forward = fa.bind(layer, method)
+    keep = torch.tensor([True, False, True])
+    vectors = params[""].oft_R * keep[:, None]  # a zero block rotates nothing
+    want = forward({"": fa.OFTParams(vectors)}, x)
+    assert torch.equal(forward(params, x, dropout={"": keep}), want)
+    assert (want - forward(params, x)).abs().max() > 1e-2
+    prepared = forward.prepare(params)
+    assert torch.equal(forward(prepared, x, dropout={"": keep}), want)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_dropout_by_seed_acts_repeats_and_differs_from_adapter_to_adapter(share: bool):
+    layer, method = nn.Linear(64, 7), fa.OFT(block_size=2, dropout=0.25, block_share=share)
+    params, x = drawn(method, layer, std=0.5), gaussian((64,))
+    forward = fa.bind(layer, method)
+    seeds = fa.dropout_seeds(torch.Generator().manual_seed(0), 8)
+    ys = vmap(lambda s: forward(params, x, dropout=s))(seeds)
+    assert all(
+        torch.equal(y, forward(params, x, dropout=s)) for y, s in zip(ys, seeds, strict=True)
+    )
+    assert len({tuple(y.tolist()) for y in ys}) == 8
+    assert (ys - forward(params, x)).abs().max() > 1e-3
+    # How many blocks: the first of two inputs of each block, seen through an identity weight.
+    eye = nn.Linear(64, 64, bias=False)
+    eye.weight.data = torch.eye(64)
+    many = fa.dropout_seeds(torch.Generator().manual_seed(1), 64)
+    rotated = vmap(lambda s: fa.bind(eye, method)(params, torch.ones(64), dropout=s))(many)
+    dropped = (rotated.unflatten(-1, (32, 2)) == 1).all(-1).float().mean()
+    # 2048 draws of probability 1/4: a standard deviation of 0.0096.
+    assert abs(float(dropped) - 0.25) < 0.04
+
+
+# Prepared rotations
+
+
+def test_a_prepared_rotation_is_a_leaf_across_micro_batches():
+    model, method = model_of(dtype=torch.float64), fa.OFT(block_size=4)
+    params, forward = drawn(method, model), fa.bind(model, method)
+    xs = gaussian((3, 5, 12)).double()
+
+    def loss(p: Any, x: Tensor) -> Tensor:
+        return forward(p, x).square().sum()
+
+    whole = grad(lambda p: sum(loss(p, x) for x in xs))(params)
+    R, back = vjp(method.prepare, params)
+    assert all(isinstance(leaf, fa.OFTRotation) for leaf in R.values())
+    assert torch.equal(forward(R, xs[0]), forward(params, xs[0]))
+    total = tree_map(torch.zeros_like, R)
+    for x in xs:
+        total = tree_map(torch.add, total, grad(loss)(R, x))
+    (parts,) = back(total)
+    for path, leaf in whole.items():
+        # Three sums of 5 x 8 products each in another order.
+        assert (parts[path].oft_R - leaf.oft_R).abs().max() <= 100 * EPS64 * leaf.oft_R.abs().max()
+
+
+def test_prepared_stacks_and_layers_of_several_widths():
+    model, method = model_of(), fa.OFT(blocks=2, cayley="neumann")
+    adapters = [drawn(method, model, seed) for seed in range(3)]
+    many, x = fa.stack(adapters), gaussian((5, 12))
+    forward = fa.bind(model, method)
+    ys = vmap(forward, (0, None))(vmap(method.prepare)(many), x)
+    direct = vmap(forward, (0, None))(method.prepare(many), x)
+    for k, params in enumerate(adapters):
+        want = forward(params, x)
+        for y in (ys[k], direct[k]):
+            assert (y - want).abs().max() <= 16 * EPS * want.abs().max()
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"block_size": 4, "blocks": 3}, "same thing twice"),
+        ({"block_size": 1}, "block_size must be an integer of at least 2"),
+        ({"blocks": 0}, "blocks must be"),
+        ({"terms": 1}, "terms must be"),
+        ({"cayley": "exp"}, "cayley must be one of exact, neumann, auto"),
+        ({"form": "hf"}, "form must be one of"),
+        ({"form": "peft", "cayley": "auto"}, "the other way"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"dropout": 1.0}, "dropout must lie"),
+        ({"dtype": torch.int8}, "floating-point"),
+    ],
+)
+def test_options_out_of_range(options: Any, words: str):
+    with pytest.raises(ConfigError, match=words):
+        fa.OFT(**options)
+
+
+def test_a_block_size_that_does_not_divide_names_those_that_do():
+    with pytest.raises(ConfigError, match=r"12 inputs.*\[2, 3, 4, 6, 12\]"):
+        fa.init(fa.OFT(block_size=5), nn.Linear(12, 3))
+    with pytest.raises(ConfigError, match="blocks=5"):
+        fa.init(fa.OFT(blocks=5), nn.Linear(12, 3))
+
+
+def test_parameters_that_do_not_fit():
+    layer, method = nn.Linear(12, 3), fa.OFT(block_size=4)
+    forward, x = fa.bind(layer, method), torch.ones(2, 12)
+    for leaf, words in (
+        (fa.OFTParams(torch.zeros(2, 6)), r"r = 12 / b, got \[2, 6\]"),
+        (fa.OFTParams(torch.zeros(3, 5)), r"got \[3, 5\]"),
+        (fa.OFTParams(torch.zeros(2, 3, 6)), "A stack goes through"),
+        (fa.OFTParams(torch.zeros(3, 6, dtype=torch.long)), "must be floating"),
+        (fa.OFTRotation(torch.zeros(3, 4, 3)), r"rotation \[r, b, b\]"),
+        (fa.LoRAParams(torch.zeros(2, 12), torch.zeros(3, 2)), "expected OFTParams"),
+    ):
+        with pytest.raises(AdapterError, match=words):
+            forward({"": leaf}, x)
+    shared = fa.bind(layer, fa.OFT(block_size=4, block_share=True))
+    with pytest.raises(AdapterError, match=r"r = 1 \(block_share\)"):
+        shared({"": fa.OFTParams(torch.zeros(3, 6))}, x)
+    with pytest.raises(AdapterError, match="a number could scale"):
+        fa.scale_by({"": fa.OFTParams(torch.zeros(3, 6))}, 2.0)
+
+
+def test_a_layer_may_have_another_block_size_than_the_method_says():
+    # As PEFT's checkpoints have, which adjusts a size that does not divide.
+    layer = nn.Linear(12, 3)
+    params = {"": fa.OFTParams(gaussian((2, 15)))}
+    y = fa.bind(layer, fa.OFT(block_size=32))(params, torch.ones(12))
+    assert torch.equal(y, fa.bind(layer, fa.OFT(block_size=6))(params, torch.ones(12)))
