@@ -328,9 +328,9 @@ def test_dropout_by_seed_acts_repeats_and_differs_from_adapter_to_adapter(share:
     forward = fa.bind(layer, method)
     seeds = fa.dropout_seeds(torch.Generator().manual_seed(0), 8)
     ys = vmap(lambda s: forward(params, x, dropout=s))(seeds)
-    assert all(
-        torch.equal(y, forward(params, x, dropout=s)) for y, s in zip(ys, seeds, strict=True)
-    )
+    for y, seed in zip(ys, seeds, strict=True):
+        # One product of 8 rows against 8 of one: sums of 64 in another order.
+        assert (y - forward(params, x, dropout=seed)).abs().max() <= 64 * EPS
     assert len({tuple(y.tolist()) for y in ys}) == 8
     assert (ys - forward(params, x)).abs().max() > 1e-3
     # How many blocks: the first of two inputs of each block, seen through an identity weight.
