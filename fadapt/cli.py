@@ -17,6 +17,7 @@ from fadapt.errors import FadaptError, near
 # Command -> (module, one line of help).
 COMMANDS = {
     "sweep": ("fadapt.sweep", "train many adapters at once on one frozen base, best first"),
+    "train": ("fadapt.train", "train one adapter, a fresh one or one from a PEFT folder"),
 }
 # What a module of ours may lack -> the extra that brings it.
 _EXTRAS = {

@@ -1,5 +1,6 @@
 """What a run needs before its first step: the model, the texts, the trials, their first weights."""
 
+import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def prepare(settings: Settings, load: Any = None) -> Job:
         adapters = [_fresh(t, model) for t in trials]
     else:
         params, method = load(model)
+        method = replace(method, dropout=settings.dropout)
         adapters, trials = [params], [trials[0]._replace(method=method)]
     methods = [t.method for t in trials]
     if all(type(m) is LoRA for m in methods):
@@ -99,6 +101,7 @@ def prepare(settings: Settings, load: Any = None) -> Job:
         "settings": to_json(settings),
         "model": fingerprint(folder),
         "texts": {name: text.digest for name, text in texts.items()},
+        "first weights": hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest(),
     }
     held = [_to(texts[t.data], rows.device) for t in trials]
     return Job(
@@ -113,8 +116,3 @@ def _fresh(trial: Trial, model: nn.Module) -> Any:
 
 def _to(text: Corpus, device: torch.device) -> Corpus:
     return text._replace(train=text.train.to(device), held=text.held.to(device))
-
-
-def with_dropout(method: Any, dropout: float) -> Any:
-    """The method with another dropout."""
-    return replace(method, dropout=dropout)

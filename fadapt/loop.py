@@ -30,14 +30,14 @@ class History(NamedTuple):
     """What was measured on the way.
 
     Attributes:
-        losses: the training losses of each step, ``[steps, K]``.
-        looks: after how many steps the held-out text was looked at, int64 ``[looks]``.
-        held: the losses there, ``[looks, K]``.
+        losses: the training losses of each step, ``[K]``.
+        looks: after how many steps the held-out text was looked at.
+        held: the losses there, ``[K]``.
     """
 
-    losses: Tensor
-    looks: Tensor
-    held: Tensor
+    losses: list[Tensor]
+    looks: list[int]
+    held: list[Tensor]
 
 
 class Timing(NamedTuple):
@@ -75,7 +75,12 @@ def train(
         Stopped: by SIGINT or SIGTERM.
         CheckpointError: the state cannot be read, belongs to another run, or cannot be written.
     """
-    state, history = _read(job, out / STATE) if resume else _begin(job)
+    state = training.start(job.rows)
+    history = History([], [], [])
+    if resume:
+        state, history = _read(job, out / STATE)
+    else:
+        _write(job, out / STATE, state, history)
     held = _held_out(job)
     seconds: list[float] = []
     rounds: list[float] = []
@@ -88,10 +93,10 @@ def train(
                 rounds.append(_timed(job, one_by_one, state.step)[0])
             taken, (state, losses) = _timed(job, _step, job, state)
             seconds.append(taken)
-            history = history._replace(losses=torch.cat([history.losses, losses.cpu()[None]]))
+            history.losses.append(losses.cpu())
             done = state.step == job.steps
             if done or state.step % job.settings.eval_every == 0:
-                state, history = _look(job, state, history, held, done)
+                state = _look(job, state, history, held, done)
             if caught or done or state.step % job.settings.save_every == 0:
                 _write(job, out / STATE, state, history)
             tell(state, history)
@@ -128,9 +133,8 @@ def _batch(job: Job, step: int) -> tuple[Tensor, Tensor | None]:
     return torch.stack(picked), seeds
 
 
-def _look(
-    job: Job, state: State, history: History, held: Tensor, last: bool
-) -> tuple[State, History]:
+def _look(job: Job, state: State, history: History, held: Tensor, last: bool) -> State:
+    """Evaluate, and note it in ``history``; the state changes if the last step failed."""
     losses = _evaluate(job, state.params, held)
     if last and not losses.isfinite().all():
         # The last step itself may be the one that failed: no later loss would have told.
@@ -140,10 +144,9 @@ def _look(
             frozen=torch.where(bad & (state.frozen < 0), state.step - 1, state.frozen),
         )
         losses = _evaluate(job, state.params, held)
-    return state, history._replace(
-        looks=torch.cat([history.looks, torch.tensor([state.step])]),
-        held=torch.cat([history.held, losses.cpu()[None]]),
-    )
+    history.looks.append(state.step)
+    history.held.append(losses.cpu())
+    return state
 
 
 def _evaluate(job: Job, rows: Tensor, held: Tensor) -> Tensor:
@@ -185,29 +188,29 @@ def _one_by_one(job: Job) -> Callable[[int], None]:
     return make_round
 
 
-def _begin(job: Job) -> tuple[State, History]:
-    k = len(job.trials)
-    history = History(torch.empty(0, k), torch.empty(0, dtype=torch.int64), torch.empty(0, k))
-    return training.start(job.rows), history
-
-
 def _write(job: Job, path: Path, state: State, history: History) -> None:
-    tensors = state._asdict() | history._asdict()
+    tensors: dict[str, Any] = state._asdict()
     step = tensors.pop("step")
-    write_state(path, tensors, job.about | {"step": step})
+    tensors |= {n: torch.stack(rows) for n, rows in _rows(history).items() if rows}
+    write_state(path, tensors, job.about | {"step": step, "looks": history.looks})
+
+
+def _rows(history: History) -> dict[str, list[Tensor]]:
+    return {"losses": history.losses, "held": history.held}
 
 
 def _read(job: Job, path: Path) -> tuple[State, History]:
     tensors, about = read_state(path)
-    for what in ("model", "texts", "settings"):
-        if about[what] != job.about[what]:
+    for what, mine in job.about.items():
+        if about.get(what) != mine:
             raise CheckpointError(
                 f"--resume: the {what} changed since the run in {path.parent} was started, so it "
                 "cannot go on as the same run. Start another one with another --out."
             )
     device = job.rows.device
     state = State(step=about["step"], **{n: tensors[n].to(device) for n in State._fields[:-1]})
-    return state, History(**{n: tensors[n] for n in History._fields})
+    losses, held = (list(tensors.get(n, torch.empty(0)).unbind()) for n in ("losses", "held"))
+    return state, History(losses, about["looks"], held)
 
 
 def _timed(job: Job, run: Callable[..., Any], *args: Any) -> tuple[float, Any]:

@@ -1,6 +1,8 @@
 """What a run shows at its end: a table, best first, a picture of its losses, a file of results."""
 
+import io
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,15 @@ from fadapt.trials import Trial
 
 
 class Result(NamedTuple):
-    """One row of the table. ``gain`` is the base's held-out loss less the adapter's."""
+    """One row of the table.
+
+    Attributes:
+        trial: what was trained.
+        train: the training loss over the last tenth of the steps.
+        held, base: the held-out losses of the adapter and of the base alone.
+        gain: their difference.
+        frozen: the step at which a loss that was not finite froze it, or -1.
+    """
 
     trial: Trial
     train: float
@@ -26,7 +36,8 @@ class Result(NamedTuple):
 
 def results(job: Job, state: State, history: History, base: torch.Tensor) -> list[Result]:
     """A row for each trial, the largest gain first."""
-    lately = history.losses[-max(1, len(history.losses) // 10) :].mean(0).tolist()
+    last = torch.stack(history.losses[-max(1, len(history.losses) // 10) :])
+    lately = torch.where(last.isfinite(), last, torch.nan).nanmean(0).tolist()
     rows = [
         Result(trial, train, held, own, own - held, frozen)
         for trial, train, held, own, frozen in zip(
@@ -39,7 +50,7 @@ def results(job: Job, state: State, history: History, base: torch.Tensor) -> lis
         )
     ]
     # A loss that is no number sorts last.
-    return sorted(rows, key=lambda r: r.gain if r.gain == r.gain else -float("inf"), reverse=True)
+    return sorted(rows, key=lambda r: r.gain if math.isfinite(r.gain) else -math.inf, reverse=True)
 
 
 def table(rows: list[Result]) -> Any:
@@ -98,15 +109,19 @@ def write_results(path: Path, rows: list[Result], timing: Timing) -> None:
             "data": r.trial.data,
             "lr": r.trial.lr,
             "seed": r.trial.seed,
-            "train_loss": r.train,
-            "held_out_loss": r.held,
-            "base_loss": r.base,
+            "train_loss": _plain(r.train),
+            "held_out_loss": _plain(r.held),
+            "base_loss": _plain(r.base),
             "frozen_at": r.frozen if r.frozen >= 0 else None,
         }
         for r in rows
     ]
     about = {"adapters": entries, "seconds_a_step": timing._asdict()}
     write_bytes(path, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows no NaN
 
 
 def draw(path: Path, job: Job, history: History, base: torch.Tensor) -> None:
@@ -120,12 +135,14 @@ def draw(path: Path, job: Job, history: History, base: torch.Tensor) -> None:
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), place)
         own = [k for k, t in enumerate(job.trials) if t.data == name]
-        steps = [0, *history.looks.tolist()]
+        steps = [0, *history.looks]
         for k in own:
-            curve = [base[k].item(), *history.held[:, k].tolist()]
+            curve = [base[k].item(), *[losses[k].item() for losses in history.held]]
             axes.plot(steps, curve, marker=".", label=job.trials[k].name)
         axes.axhline(base[own[0]].item(), linestyle="--", color="grey", label="base")
         axes.set(title=name, xlabel="step", ylabel="held-out loss, nats a token")
         if len(own) <= 8:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
+    write_bytes(path, image.getvalue())

@@ -5,11 +5,11 @@ configuration file, and what a resumed run must have in common with the one that
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fadapt.errors import ConfigError, near
+from fadapt.errors import CheckpointError, ConfigError, near
 
 Parse = Callable[[str], Any]
 
@@ -60,7 +60,7 @@ class Settings:
         choices=DTYPES,
     )
     lr: tuple[float, ...] = _setting((2e-3, 6e-3), POSITIVE, "learning rate")
-    rank: tuple[int, ...] = _setting((4, 16), COUNT, "rank")
+    rank: tuple[int, ...] = _setting((8, 16), COUNT, "rank")
     alpha: tuple[float, ...] = _setting((16.0,), POSITIVE, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _setting(
         ("all-linear",), str, "all-linear, names as q_proj,v_proj, or a regular expression"
@@ -82,6 +82,9 @@ class Settings:
     out: str | None = _setting(
         None, str, "folder to write to (default: the next of runs/sweep-1, -2, ...)", own=True
     )
+    start: str | None = _setting(
+        None, str, "PEFT folder to go on training from", flag="from", train=True
+    )
     resume: bool = _setting(
         False, bool, "go on with the run in --out (default: the last one)", own=True
     )
@@ -97,7 +100,9 @@ def add_settings(parser: argparse.ArgumentParser, one: bool = False) -> None:
     for item in fields(Settings):
         default: Any = item.default
         meta = item.metadata
-        flag, text = "--" + item.name.replace("_", "-"), meta["help"]
+        if meta.get("train") and not one:
+            continue
+        flag, text = f"--{flag_of(item)}", meta["help"]
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -107,12 +112,13 @@ def add_settings(parser: argparse.ArgumentParser, one: bool = False) -> None:
             text += f" (default: {' '.join(map(str, shown)) if many else default})"
         parser.add_argument(
             flag,
+            dest=item.name,
             type=meta["parse"],
             nargs="+" if many and not one else None,
             choices=meta.get("choices"),
             default=argparse.SUPPRESS,
             help=text + (", one trial each" if many and not one else ""),
-            metavar=None if "choices" in meta else item.name.upper(),
+            metavar=None if "choices" in meta else flag_of(item).upper(),
         )
     parser.add_argument(
         "--config",
@@ -120,6 +126,11 @@ def add_settings(parser: argparse.ArgumentParser, one: bool = False) -> None:
         metavar="FILE",
         help="JSON or YAML whose keys are these flags; a flag given here wins",
     )
+
+
+def flag_of(item: Any) -> str:
+    """How a field is spelled on the command line, without dashes."""
+    return str(item.metadata.get("flag", item.name.replace("_", "-")))
 
 
 def given_settings(arguments: argparse.Namespace, one: bool = False) -> dict[str, Any]:
@@ -156,13 +167,13 @@ def read_config(path: Path, one: bool = False) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: expected a mapping of settings, got {content!r}.")
-    known = {f.name: f for f in fields(Settings)}
+    known = {flag_of(f): f for f in fields(Settings) if one or not f.metadata.get("train")}
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
+        name = str(key).replace("_", "-")
         if name not in known:
             raise ConfigError(f"--config {path}: unknown setting {key!r}.{near(name, known)}")
-        values[name] = _parse(known[name], value, f"--config {path}: {key}", one)
+        values[known[name].name] = _parse(known[name], value, f"--config {path}: {key}", one)
     return values
 
 
@@ -210,11 +221,27 @@ def from_saved(saved: Mapping[str, Any], given: Mapping[str, Any], where: str) -
     """
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     own = {f.name for f in fields(Settings) if f.metadata.get("own")}
+    known = {f.name: flag_of(f) for f in fields(Settings)}
+    if not values.keys() <= known.keys():
+        raise CheckpointError(f"--resume: {where} was written by another version of fadapt.")
     odd = [k for k, v in given.items() if k not in own and v != values.get(k)]
     if odd:
-        told = "; ".join(f"{k}: made with {values.get(k)!r}, now {given[k]!r}" for k in odd)
+        told = "; ".join(
+            f"{known[k]}: made with {_show(values.get(k))}, now {_show(given[k])}" for k in odd
+        )
         raise ConfigError(
             f"--resume: the run in {where} has other settings ({told}). Leave them out to go on "
             "with it, or start another run with another --out."
         )
     return Settings(**values | {k: v for k, v in given.items() if k in own})
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def single(given: Mapping[str, Any]) -> Settings:
+    """The settings of one trial: of each axis that was not given, the first default."""
+    settings = Settings(**given)
+    axes: dict[str, Any] = {k: v[:1] for k, v in vars(settings).items() if isinstance(v, tuple)}
+    return replace(settings, **axes)

@@ -23,18 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the sweep; returns the exit code."""
-    return go(given_settings(arguments), "sweep")
+    given = given_settings(arguments)
+    out = place(given, "sweep")
+    return go(stopped(given, out) if given.get("resume") else Settings(**given), out, "sweep")
 
 
-def go(given: dict[str, Any], name: str, load: Any = None) -> int:
+def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:
     """Run ``sweep`` or ``train``: prepare, train, report, write.
 
     Args:
-        given: the settings that were chosen.
+        settings: of the run.
+        out: its folder.
         name: of the command.
         load: as in :func:`fadapt.job.prepare`.
     """
-    out, settings = _place(given, name)
     from rich.console import Console
 
     from fadapt import loop, report
@@ -69,29 +71,41 @@ def go(given: dict[str, Any], name: str, load: Any = None) -> int:
     return 0
 
 
-def _place(given: dict[str, Any], name: str) -> tuple[Path, Settings]:
-    """Where the run is, and its settings: those that were saved, if it is resumed."""
+def place(given: dict[str, Any], name: str) -> Path:
+    """The folder of the run: the one given, the last one to resume, or the next free one.
+
+    Raises:
+        ConfigError: there is none to resume, or the folder given holds another run.
+    """
     taken = sorted(RUNS.glob(f"{name}-*"), key=_number)
-    resume = given.get("resume", False)
     if "out" in given:
         out = Path(given["out"])
-    elif resume:
+    elif given.get("resume"):
         if not taken:
             raise ConfigError(f"--resume: there is no run in {RUNS}/; name it with --out.")
         out = taken[-1]
     else:
         out = RUNS / f"{name}-{_number(taken[-1]) + 1 if taken else 1}"
+    if not given.get("resume") and any(out.glob("*")):
+        raise ConfigError(
+            f"--out {out}: the folder is not empty. Go on with the run in it by --resume, or "
+            "choose another."
+        )
+    return out
+
+
+def stopped(given: dict[str, Any], out: Path) -> Settings:
+    """The settings of the run in ``out``, which is to go on.
+
+    Raises:
+        ConfigError: other settings were given.
+        CheckpointError: there is no state.
+    """
     from fadapt.loop import STATE
     from fadapt.storage import read_state
 
-    if resume:
-        _, about = read_state(out / STATE)
-        return out, from_saved(about["settings"], given, str(out))
-    if (out / STATE).exists():
-        raise ConfigError(
-            f"--out {out} holds a run already: go on with it by --resume, or choose another."
-        )
-    return out, Settings(**given)
+    _, about = read_state(out / STATE)
+    return from_saved(about["settings"], given, str(out))
 
 
 def _number(path: Path) -> int:

@@ -67,7 +67,8 @@ class State(NamedTuple):
 def start(params: Tensor) -> State:
     """The state before the first step."""
     frozen = torch.full((len(params),), -1, device=params.device)
-    return State(params, torch.zeros_like(params), torch.zeros_like(params), params, frozen, 0)
+    zeros = torch.zeros_like(params)
+    return State(params, zeros, zeros.clone(), params.clone(), frozen, 0)
 
 
 def token_losses(
@@ -86,7 +87,8 @@ def token_losses(
         params = scale_by(params, scales)
     seed = {} if dropout is None else {"dropout": dropout}
     inputs, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-    logits = forward(params, input_ids=inputs, use_cache=False, **seed).logits.float()
+    logits = forward(params, input_ids=inputs, use_cache=False, **seed).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     return loss, (labels != IGNORED).sum()
 
@@ -108,12 +110,16 @@ def batched_losses(
         return token_losses(forward, p, s, t, d)
 
     if len(tokens) == 1:  # vmap over one is only slower
-        p, s, t, d = tree_map(lambda leaf: leaf[0], (many, scales, tokens, dropout))
+        p, s, t, d = tree_map(_first, (many, scales, tokens, dropout))
         loss, count = one(p, s, t, d)
         return loss[None], count[None]
-    found = vmap(one, in_dims=(0, 0, 0, None if dropout is None else 0))
-    losses, counts = found(many, scales, tokens, dropout)
+    dims = (0, None if scales is None else 0, 0, None if dropout is None else 0)
+    losses, counts = vmap(one, in_dims=dims)(many, scales, tokens, dropout)
     return losses, counts
+
+
+def _first(leaf: Tensor | None) -> Tensor | None:
+    return None if leaf is None else leaf[0]
 
 
 def gradients(
