@@ -6,6 +6,7 @@ hands the shell its parameters for the time of one call. The model itself is nev
 """
 
 import copy
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,12 +34,13 @@ class AdaptedLinear(nn.Module):
             ``in_features``.
     """
 
-    def __init__(self, layer: nn.Module, base: Base, method: Method, number: int):
+    def __init__(self, layer: nn.Module, base: Base, method: Method, path: str):
         super().__init__()
         self.base_layer = layer
         self.base = base
         self.method = method
-        self.number = number
+        # Told by the path alone, so that an adapter's masks do not depend on what else is adapted.
+        self.stream = zlib.crc32(path.encode())
         self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
         self.fields = list(dict.fromkeys(name for fields in self.kinds for name in fields))
         for name in (*self.fields, "dropout_seed", "dropout_keep"):
@@ -69,9 +71,8 @@ class AdaptedLinear(nn.Module):
         seed: Tensor | None = self.dropout_seed
         if seed is None:
             return keep
-        # Another stream for each layer: an odd multiplier spreads the layers over all seeds.
         shape = self.method.keep_shape(params, x)
-        return keep_mask(seed + self.number * 0x9E3779B1, shape, self.method.dropout)
+        return keep_mask(seed + self.stream, shape, self.method.dropout)
 
 
 class Forward:
@@ -227,7 +228,7 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
             continue
         if path not in layers:
             layer = shell.get_submodule(alias)
-            layers[path] = AdaptedLinear(layer, read(path, layer), at[path], len(layers))
+            layers[path] = AdaptedLinear(layer, read(path, layer), at[path], path)
         if alias:
             shell.set_submodule(alias, layers[path])
         else:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fadapt.adapter import scale_by
 from fadapt.corpus import IGNORED
+from fadapt.gradients import value_and_grad
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
@@ -32,9 +33,9 @@ class Layout(NamedTuple):
         return sum(math.prod(shape) for shape in self.shapes)
 
     def tree(self, rows: Tensor) -> Any:
-        """``[K, P]`` as the stack, a view; differentiable."""
-        parts = rows.split([math.prod(s) for s in self.shapes], dim=1)
-        leaves = [p.unflatten(1, s) for p, s in zip(parts, self.shapes, strict=True)]
+        """``[K, P]`` as the stack, or ``[P]`` as one adapter: views; differentiable."""
+        parts = rows.split([math.prod(s) for s in self.shapes], dim=-1)
+        leaves = [p.unflatten(-1, s) for p, s in zip(parts, self.shapes, strict=True)]
         return tree_unflatten(leaves, self.spec)
 
 
@@ -93,33 +94,23 @@ def token_losses(
     return loss, (labels != IGNORED).sum()
 
 
-def batched_losses(
-    forward: Any, many: Any, scales: Any, tokens: Tensor, dropout: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """:func:`token_losses` of K adapters at once, each on its own windows: ``[K]`` and ``[K]``.
+def over_adapters(
+    call: Callable[..., Any], rows: Tensor, scales: Any, tokens: Tensor, dropout: Tensor | None
+) -> Any:
+    """``call(row, scales, tokens, dropout)`` of K adapters at once; without ``vmap`` for one.
 
     Args:
-        forward: as there.
-        many: the stack.
-        scales: ``{path: [K]}``.
+        call: a function that takes ``in_dims`` and gives a function of these four, as ``vmap``.
+        rows: ``[K, P]``.
+        scales: ``{path: [K]}``, or None.
         tokens: ``[K, windows, length + 1]``.
         dropout: seeds ``[K]``, or None.
     """
-
-    def one(p: Any, s: Any, t: Tensor, d: Tensor | None) -> tuple[Tensor, Tensor]:
-        return token_losses(forward, p, s, t, d)
-
-    if len(tokens) == 1:  # vmap over one is only slower
-        p, s, t, d = tree_map(_first, (many, scales, tokens, dropout))
-        loss, count = one(p, s, t, d)
-        return loss[None], count[None]
-    dims = (0, None if scales is None else 0, 0, None if dropout is None else 0)
-    losses, counts = vmap(one, in_dims=dims)(many, scales, tokens, dropout)
-    return losses, counts
-
-
-def _first(leaf: Tensor | None) -> Tensor | None:
-    return None if leaf is None else leaf[0]
+    values = (rows, scales, tokens, dropout)
+    if len(rows) > 1:
+        return call(tuple(None if v is None else 0 for v in values))(*values)
+    one = tree_map(lambda leaf: None if leaf is None else leaf[0], values)
+    return tree_map(lambda leaf: leaf[None], call(None)(*one))
 
 
 def gradients(
@@ -130,18 +121,20 @@ def gradients(
     tokens: Tensor,
     dropout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each adapter's mean loss ``[K]`` and its gradient ``[K, P]``.
+    """Each adapter's mean loss ``[K]`` and its gradient ``[K, P]``; arguments as above.
 
-    One plain backward outside, ``vmap`` inside: 1.5 times as fast on a CPU as
-    ``vmap(grad_and_value(...))``, because no transform wraps the backward. A loss that is NaN
-    spoils its own row alone: no adapter's loss depends on another's row.
+    A loss that is NaN spoils its own row alone: no adapter's loss depends on another's row.
     """
-    leaf = rows.detach().requires_grad_()
-    with torch.enable_grad():
-        sums, counts = batched_losses(forward, layout.tree(leaf), scales, tokens, dropout)
-        losses = sums / counts
-        (grads,) = torch.autograd.grad(losses.sum(), leaf)
-    return losses.detach(), grads
+
+    def loss(row: Tensor, s: Any, t: Tensor, d: Tensor | None) -> Tensor:
+        total, count = token_losses(forward, layout.tree(row), s, t, d)
+        return total / count
+
+    def call(dims: Any) -> Any:
+        return value_and_grad(loss, dims)
+
+    losses, grads = over_adapters(call, rows, scales, tokens, dropout)
+    return losses, grads
 
 
 def update(
@@ -199,9 +192,15 @@ def evaluate(
         held: ``[K, windows, length + 1]``.
         size: windows at once.
     """
-    many = layout.tree(rows)
+
+    def loss(row: Tensor, s: Any, t: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        return token_losses(forward, layout.tree(row), s, t)
+
+    def call(dims: Any) -> Any:
+        return loss if dims is None else vmap(loss, dims)
+
     with torch.no_grad():
-        parts = [batched_losses(forward, many, scales, t) for t in held.split(size, 1)]
+        parts = [over_adapters(call, rows, scales, t, None) for t in held.split(size, 1)]
     return _mean(parts)
 
 
