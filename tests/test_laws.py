@@ -76,6 +76,21 @@ def test_law_2_without_an_adapter_it_is_the_model_itself(row: BaseRow):
             assert error(got, want) <= row.bound
 
 
+@pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)
+def test_rows_are_the_base_of_some_rows_and_share_its_tensors(row: BaseRow):
+    base = fa.base_of(row.layer(N_IN, N_HIDDEN).to(DEVICE))
+    for rows in (slice(0, 4), slice(4, 8), slice(None)):
+        part = base.rows(rows)
+        assert torch.equal(part.dequantize(), base.dequantize()[rows])
+        assert torch.equal(part.bias, base.bias[rows])
+        assert part.in_features == N_IN
+        assert part.out_features == len(range(N_HIDDEN)[rows])
+        whole = {t.untyped_storage().data_ptr() for t in tree_leaves(base)}
+        assert {t.untyped_storage().data_ptr() for t in tree_leaves(part)} <= whole
+        x = torch.randn(3, N_IN, generator=torch.Generator().manual_seed(0)).to(DEVICE, row.dtype)
+        assert error(part.linear(x), base.linear(x)[:, rows]) <= 2 * eps_of(row)
+
+
 @table
 def test_law_3_vmap_is_the_loop_and_unstack_inverts_stack(row: BaseRow, kind: MethodRow):
     c = make(row, kind)

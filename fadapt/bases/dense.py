@@ -65,6 +65,11 @@ class Dense:
         check_weight_shape(self, weight)
         return replace(self, weight=weight.to(self.dtype))
 
+    def rows(self, rows: slice) -> "Dense":
+        """The base of ``W[rows]`` and ``b[rows]``, views of this one's tensors."""
+        bias = None if self.bias is None else self.bias[rows]
+        return replace(self, weight=self.weight[rows], bias=bias)
+
     def state(self) -> dict[str, Tensor]:
         """``{"weight": ..., "bias": ...}`` as the layer stores them."""
         weight = self.weight.mT.contiguous() if self.transposed else self.weight

@@ -146,6 +146,21 @@ class Int8:
             else zero.squeeze(-1).to(self.zero_point.dtype),
         )
 
+    def rows(self, rows: slice) -> "Int8":
+        """The base of ``W[rows]`` and ``b[rows]``, views of this one's tensors."""
+        qdata = self.qdata[rows]
+        tall = self.block_size[0] > 1  # one scale for the whole tensor
+        return replace(
+            self,
+            qdata=qdata,
+            block_size=(len(qdata), self.in_features) if tall else self.block_size,
+            scale=self.scale if tall else self.scale[rows],
+            zero_point=self.zero_point
+            if tall or self.zero_point is None
+            else self.zero_point[rows],
+            bias=None if self.bias is None else self.bias[rows],
+        )
+
     def state(self) -> dict[str, Tensor]:
         """``{"weight": Int8Tensor, "bias": ...}``, which torchao runs as it is."""
         kwargs, reduce_range = self.settings

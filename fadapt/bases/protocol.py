@@ -47,6 +47,11 @@ class Base(Protocol):
         """A base of the same format that holds ``weight`` ``[out, in]``; this one is unchanged."""
         ...
 
+    def rows(self, rows: slice) -> "Base":
+        """The same map for some of its output rows, its tensors shared: the base of ``W[rows]``.
+        What walks over W a block at a time (a norm, a merge) needs no more."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """The tensors as the layer it came from names them, in the layer's own format: what
         ``torch.func.functional_call(layer, base.state(), x)`` takes."""
