@@ -2,6 +2,7 @@
 
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.bases import Base, Dense, base_of, register_base
+from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
@@ -16,6 +17,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Base",
     "Dense",
+    "DoRA",
+    "DoRANormed",
+    "DoRAParams",
     "Forward",
     "LoRA",
     "LoRABiasParams",

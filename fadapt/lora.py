@@ -279,5 +279,6 @@ class LoRA:
             return bias
         return bias - params.lora_bias * self.scaling
 
-    def _delta(self, params: Params, rows: slice) -> Tensor:
-        return (params.lora_B[rows] * self.scaling) @ params.lora_A
+    def _delta(self, params: Any, rows: slice) -> Tensor:
+        delta: Tensor = (params.lora_B[rows] * self.scaling) @ params.lora_A
+        return delta

@@ -50,11 +50,20 @@ class BaseRow(NamedTuple):
 
 
 class MethodRow(NamedTuple):
-    """A method, and whether test_compile.py runs it as well."""
+    """A method.
+
+    Attributes:
+        name: how the row is called in the test's id.
+        method: its hyperparameters.
+        compiled: test_compile.py runs it as well.
+        detached: it holds a part of its forward constant to every derivative, as its paper does:
+            finite differences are taken of what ``prepare`` returns, in which that part is fixed.
+    """
 
     name: str
     method: fa.Method
     compiled: bool = False
+    detached: bool = False
 
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -113,6 +122,7 @@ BASES = (
 METHODS = (
     MethodRow("lora", fa.LoRA(rank=2, alpha=6), compiled=True),
     MethodRow("lora-rs-bias", fa.LoRA(rank=3, alpha=2, rslora=True, lora_bias=True)),
+    MethodRow("dora", fa.DoRA(rank=2, alpha=6), detached=True),
     MethodRow("oft", fa.OFT(block_size=4)),
     MethodRow("oft-neumann", fa.OFT(block_size=4, cayley="neumann", terms=7)),
 )
@@ -143,6 +153,9 @@ class Plain:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return self.weight.to(dtype or self.dtype)
+
+    def rows(self, rows: slice) -> "Plain":
+        return Plain(self.base.rows(rows), self.rounds)
 
 
 class Case(NamedTuple):

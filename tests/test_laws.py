@@ -111,7 +111,8 @@ def test_law_4_gradcheck_in_float64(row: BaseRow, kind: MethodRow):
     layer = row.layer(N_HIDDEN, 4).to(DEVICE)
     forward = fa.bind(layer, kind.method)
     fresh = fa.init(kind.method, layer, generator=torch.Generator().manual_seed(0))
-    leaves, spec = tree_flatten(tree_map(lambda t: t.double(), randomized(fresh, 0)))
+    params = tree_map(lambda t: t.double(), randomized(fresh, 0))
+    leaves, spec = tree_flatten(forward.prepare(params) if kind.detached else params)
     x = torch.randn(2, N_HIDDEN, generator=torch.Generator().manual_seed(1)).to(DEVICE, F64)
     inputs = [t.requires_grad_() for t in (x, *leaves)]
 

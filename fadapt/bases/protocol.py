@@ -34,6 +34,11 @@ class Base(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``, or None."""
+        ...
+
     def linear(self, x: Tensor) -> Tensor:
         """``W x + b`` for x ``[..., in]``: ``[..., out]``. Differentiable in x, by every transform;
         saves no float copy of W for backward; never writes."""
