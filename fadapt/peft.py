@@ -298,7 +298,8 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
     data = save(
         {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}
     )
-    text = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    # Sorted, but not inside: of the keys of a pattern the first that matches counts.
+    text = (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is a file; a PEFT checkpoint is a folder.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -125,7 +125,10 @@ def read_config(
     """
     options = _checked(config, fmt)
     for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
-        options[name] = _listed(options[name])
+        options[name] = _listed(options[name], name)
+    for name in ("target_modules", "exclude_modules"):
+        if not isinstance(options[name], str | None):
+            options[name] = _listed(options[name], name)
     try:
         _check_targets(options, model, adapted)
     except re.error as error:
@@ -225,11 +228,12 @@ def _checked(config: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
             )
     options = {k: config[k] if config.get(k) is not None else v for k, v in known.items()}
     for key, default in known.items():
-        kind: Any = int | float if type(default) in (int, float) else type(default)
-        if type(default) in (int, float, dict) and (
-            not isinstance(options[key], kind) or isinstance(options[key], bool)
-        ):
-            raise CheckpointError(f"{name}: {key}={options[key]!r} must be a {kind}.")
+        value, kind = options[key], dict if isinstance(default, dict) else int | float
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if (is_number or kind is dict) and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise CheckpointError(
+                f"{name}: {key}={value!r} must be {'a number' if is_number else 'an object'}."
+            )
     return options
 
 
@@ -307,10 +311,17 @@ def _ambiguous(paths: Sequence[str]) -> bool:
     return any(a.endswith(f".{b}") for a in paths for b in paths)
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: Any, name: str) -> list[Any]:
+    kind = int if name == "layers_to_transform" else str
     if value is None or value == "":
         return []
-    return [value] if isinstance(value, int | str) else list(value)
+    if isinstance(value, kind):
+        return [value]
+    if not (isinstance(value, list) and all(isinstance(v, kind) for v in value)):
+        raise CheckpointError(
+            f"adapter_config.json: {name}={value!r} must be a list of {kind.__name__}."
+        )
+    return value
 
 
 def _plain(patterns: str | Sequence[str]) -> str | list[str]:
