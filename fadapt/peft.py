@@ -1,10 +1,9 @@
 """PEFT's checkpoint folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-This file is about files and keys; ``peft_config.py`` is about options, ``peft_lora.py`` about what
-is LoRA's own.
+This file is about keys; ``peft_files.py`` about files, ``peft_config.py`` about options,
+``peft_targets.py`` about which layers they mean, ``peft_lora.py`` about what is LoRA's own.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,16 +15,10 @@ from torch import Tensor, nn
 from fadapt.errors import AdapterError, CheckpointError, FadaptError, listing, near
 from fadapt.functional import join, layers_of, read, saved_modules
 from fadapt.method import Method
-from fadapt.peft_config import (
-    Format,
-    format_named,
-    format_of,
-    read_config,
-    saved_by_peft,
-    write_config,
-)
+from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
+from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
+from fadapt.peft_targets import check_aliases, saved_by_peft
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -57,11 +50,11 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
         True
     """
     folder = Path(folder)
-    config = _read_json(folder)
+    config = read_json(folder)
     fmt = format_named(config.get("peft_type"))
-    layers, rest = _sort_keys(_read_tensors(folder), fmt, model)
+    layers, rest = _sort_keys(read_tensors(folder), fmt, model)
     adapted = [p for p, _ in model.named_modules() if p in layers]
-    _check_aliases(adapted, model)
+    check_aliases(adapted, model)
     method = read_config(config, fmt, model, adapted)
     at = method.at(adapted)
     params: dict[str, Any] = {}
@@ -113,49 +106,7 @@ def save_peft(
             state = {} if model is None else model.get_submodule(path).state_dict()
             tensors |= {f"{path}.{name}": t for name, t in (state | dict(params[path])).items()}
     config = write_config(fmt, method, paths, model)
-    _write(folder, {_PREFIX + key: tensor for key, tensor in tensors.items()}, config)
-
-
-def _read_json(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "not there"
-        raise CheckpointError(
-            f"{str(folder)!r} is {what}; a PEFT checkpoint is a local folder with {CONFIG} and "
-            f"{WEIGHTS}. For one on a hub, download it first (huggingface_hub.snapshot_download)."
-        )
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        have = listing(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise CheckpointError(f"{str(folder)!r} has no {CONFIG}; it holds {have}.") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
-        raise CheckpointError(f"{str(folder / CONFIG)!r} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{str(folder / CONFIG)!r} is not a JSON object.")
-    return config
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    if not path.is_file():
-        if (folder / "adapter_model.bin").exists():
-            raise CheckpointError(
-                f"{str(folder)!r} holds its weights as a pickle (adapter_model.bin), which can run "
-                "any code when it is read. Convert it where you trust it: "
-                "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
-                f"'{WEIGHTS}')."
-            )
-        raise CheckpointError(f"{str(folder)!r} has no {WEIGHTS}.")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{str(path)!r} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}."
-        ) from error
-    return tensors
+    write(folder, {_PREFIX + key: tensor for key, tensor in tensors.items()}, config)
 
 
 def _sort_keys(
@@ -203,20 +154,6 @@ def _unpack(path: str, tensors: Mapping[str, Tensor], fmt: Format, method: Any) 
             "these options."
         )
     return leaf
-
-
-def _check_aliases(paths: Sequence[str], model: nn.Module) -> None:
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    for path in paths:
-        held = names[id(model.get_submodule(path))]
-        if len(held) > 1:
-            raise CheckpointError(
-                f"layer {path!r} is one module under {len(held)} names ({listing(held)}). PEFT "
-                "adapts it under the first alone, fadapt under all: such an adapter cannot pass "
-                "between them."
-            )
 
 
 def _take_saved(rest: dict[str, Tensor], model: nn.Module, method: Method) -> dict[str, Any]:
@@ -270,7 +207,7 @@ def _check_adapter(
             from fadapt.functional import bind
 
             bind(model, method)._check(params)
-            _check_aliases(paths, model)
+            check_aliases(paths, model)
     except FadaptError as error:
         raise CheckpointError(f"not saved: {error}") from error
     for path, leaf in params.items():
@@ -289,33 +226,3 @@ def _check_adapter(
                 f"modules_to_save={list(method.modules_to_save)}: PEFT takes any name with such an "
                 f"ending, also {listing(sorted(wide))}. Name the modules by longer paths."
             )
-
-
-def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    from safetensors.torch import save
-
-    # Copies: safetensors refuses views of one storage, such as the slices of a stack.
-    data = save(
-        {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, {"format": "pt"}
-    )
-    # Sorted, but not inside: of the keys of a pattern the first that matches counts.
-    text = (json.dumps(dict(sorted(config.items())), indent=2) + "\n").encode()
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{str(folder)!r} is a file; a PEFT checkpoint is a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / CONFIG
-    new = [(folder / f".{name}.{os.getpid()}.new", folder / name) for name in (WEIGHTS, CONFIG)]
-    try:
-        for (temporary, _), content in zip(new, (data, text), strict=True):
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if target.exists() and target.read_bytes() != text:
-            # Old options with new weights would load, and be wrong. Better none, for an instant.
-            target.unlink()
-        for temporary, final in new:
-            os.replace(temporary, final)
-    finally:
-        for temporary, _ in new:
-            temporary.unlink(missing_ok=True)
