@@ -55,7 +55,9 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
     layers, rest = _sort_keys(read_tensors(folder), fmt, model)
     adapted = [p for p, _ in model.named_modules() if p in layers]
     check_aliases(adapted, model)
-    method = read_config(config, fmt, model, adapted)
+    dtypes = {tensor.dtype for layer in layers.values() for tensor in layer.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    method = read_config(config, fmt, model, adapted, None if dtype == torch.float32 else dtype)
     at = method.at(adapted)
     params: dict[str, Any] = {}
     for path, layer in layers_of(model, method).items():
@@ -105,7 +107,8 @@ def save_peft(
         else:
             state = {} if model is None else model.get_submodule(path).state_dict()
             tensors |= {f"{path}.{name}": t for name, t in (state | dict(params[path])).items()}
-    config = write_config(fmt, method, paths, model)
+    saved = [p for p in params if p not in paths]
+    config = write_config(fmt, method, paths, saved, model)
     write(folder, {_PREFIX + key: tensor for key, tensor in tensors.items()}, config)
 
 
@@ -220,9 +223,10 @@ def _check_adapter(
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise CheckpointError(f"{path}.{name} is a {type(tensor).__name__}, not a tensor.")
     if model is not None:
-        wide = set(saved_by_peft(method.modules_to_save, model)) - params.keys()
+        saved = sorted(params.keys() - set(paths))
+        wide = set(saved_by_peft(saved, model)) - params.keys()
         if wide:
             raise CheckpointError(
-                f"modules_to_save={list(method.modules_to_save)}: PEFT takes any name with such an "
-                f"ending, also {listing(sorted(wide))}. Name the modules by longer paths."
+                f"modules_to_save={saved}: PEFT takes any module whose name ends so, also "
+                f"{listing(sorted(wide))}."
             )

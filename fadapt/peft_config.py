@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fadapt.errors import CheckpointError, ConfigError, TargetError, listing, near
@@ -107,7 +108,11 @@ def _format(name: str) -> Format:
 
 
 def read_config(
-    config: Mapping[str, Any], fmt: Format, model: nn.Module, adapted: Sequence[str]
+    config: Mapping[str, Any],
+    fmt: Format,
+    model: nn.Module,
+    adapted: Sequence[str],
+    dtype: torch.dtype | None,
 ) -> Any:
     """The method that a config describes.
 
@@ -119,6 +124,7 @@ def read_config(
         fmt: its format.
         model: what the adapter is for.
         adapted: the paths of the layers that the weights file holds parameters for.
+        dtype: of the parameters; None for float32.
 
     Raises:
         CheckpointError: an option that fadapt does not know or does not support; the config's
@@ -152,18 +158,21 @@ def read_config(
             stacklevel=3,
         )
     try:
-        return fmt.read(options, shared)
+        return fmt.read(options, {**shared, "dtype": dtype})
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"adapter_config.json: {error}") from error
 
 
-def write_config(fmt: Format, method: Any, paths: Sequence[str], model: nn.Module | None) -> Any:
+def write_config(
+    fmt: Format, method: Any, paths: Sequence[str], saved: Sequence[str], model: nn.Module | None
+) -> dict[str, Any]:
     """The content of ``adapter_config.json``, of plain JSON types.
 
     Args:
         fmt: the method's format.
         method: the hyperparameters.
         paths: the adapted layers.
+        saved: the modules that are saved whole.
         model: where the base's name and the layers' classes are read, if given.
     """
     targets = method.targets
@@ -184,7 +193,8 @@ def write_config(fmt: Format, method: Any, paths: Sequence[str], model: nn.Modul
         "exclude_modules": _plain(method.exclude) or None,
         "layers_to_transform": list(method.layers_to_transform) or None,
         "layers_pattern": list(method.layers_pattern) or None,
-        "modules_to_save": list(method.modules_to_save) or None,
+        # Whole paths: PEFT takes any name that ends in one of these, even in mid-word.
+        "modules_to_save": list(saved) or None,
         "fan_in_fan_out": False,
     }
     if model is not None:

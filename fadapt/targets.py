@@ -34,7 +34,8 @@ def find_targets(
         targets: ``"all-linear"``, a regular expression for whole paths, or a list of paths and path
             endings.
         exclude: in the same spelling; wins over ``targets``.
-        layers_to_transform: indices of blocks to keep; needs ``targets`` to be a list.
+        layers_to_transform: indices of blocks to keep; needs ``targets`` to be a list, whose whole
+            paths are kept in any block.
         layers_pattern: names of the ``nn.ModuleList`` that the indices count in; any, if empty.
         modules_to_save: names of modules trained whole; nothing below them is a target.
 
@@ -59,7 +60,7 @@ def find_targets(
                 "layers_to_transform counts blocks for a list of targets; with the string "
                 f"{targets!r}, write the block numbers into the regular expression."
             )
-        chosen = _in_blocks(chosen, layers_to_transform, layers_pattern)
+        chosen = _in_blocks(chosen, set(targets), layers_to_transform, layers_pattern)
 
     found: dict[str, nn.Module] = {}
     for module, group in aliases.items():
@@ -174,7 +175,10 @@ def _all_linear(model: nn.Module, aliases: Mapping[Any, list[str]]) -> set[str]:
     return names
 
 
-def _in_blocks(names: set[str], wanted: Sequence[int], lists: Sequence[str]) -> set[str]:
+def _in_blocks(
+    names: set[str], whole: set[str], wanted: Sequence[int], lists: Sequence[str]
+) -> set[str]:
+    """The names that lie in a wanted block, and those that were given as whole paths."""
     prefixes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in lists] or [r".*?\.[^.]*\.(\d+)\."]
     block: dict[str, int] = {}
     for name in names:
@@ -188,7 +192,7 @@ def _in_blocks(names: set[str], wanted: Sequence[int], lists: Sequence[str]) -> 
             f"layers_to_transform: no target lies in block {missing}; blocks with targets: "
             f"{sorted(set(block.values()))} (layers_pattern={list(lists)!r})."
         )
-    return {n for n, b in block.items() if b in set(wanted)}
+    return (names & whole) | {n for n, b in block.items() if b in set(wanted)}
 
 
 def _check_linear(found: Mapping[str, nn.Module], targets: object) -> None:

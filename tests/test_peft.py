@@ -1,11 +1,17 @@
 """PEFT's checkpoints both ways, with PEFT itself as the oracle."""
 
 import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import randomized
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_structure
 from torchao.quantization import Int8WeightOnlyConfig, PerRow, quantize_
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -79,18 +85,18 @@ def out(model, ids=IDS):
         return model(ids).logits
 
 
-def assert_both_ways(model, config, tmp_path, share=TOLERANCE):
+def assert_both_ways(model, config, tmp_path, ids=IDS):
     """PEFT saves, fadapt loads; fadapt saves, PEFT loads: one function throughout."""
     wrapped = peft_model(model, config)
     wrapped.save_pretrained(tmp_path / "theirs")
     params, method = fa.load_peft(tmp_path / "theirs", model)
-    want = out(wrapped)
-    assert (want - out(model)).abs().max() > 1e-2 * want.abs().max()  # the adapter does something
-    assert_same(fa.bind(model, method)(params, IDS).logits, want, share)
+    want = out(wrapped, ids)
+    assert (want - out(model, ids)).abs().max() > 1e-2 * want.abs().max()
+    assert_same(fa.bind(model, method)(params, ids).logits, want)
 
     fa.save_peft(tmp_path / "ours", params, method, model)
     again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    assert_same(out(again), want, share)
+    assert_same(out(again, ids), want)
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
     ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert theirs.keys() == ours.keys()
@@ -129,3 +135,121 @@ def test_both_ways(name, base, tmp_path):
             peft_model(llama(base), LoraConfig(**CONFIGS[name]))
         return
     assert_both_ways(llama(base), LoraConfig(r=4, **CONFIGS[name]), tmp_path)
+
+
+def test_conv1d(tmp_path):
+    config = LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    assert_both_ways(gpt2(), config, tmp_path)
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["fan_in_fan_out"]
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_saved_modules_of_tied_weights(saved, tmp_path):
+    model = llama(tie_word_embeddings=True)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **kwargs: None)  # PEFT: the weights are tied
+        params, _ = assert_both_ways(model, config, tmp_path)
+    assert {p.rsplit(".", 1)[-1] for p in params} == {"q_proj", *saved}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class Norms(nn.Module):
+    """Layers with buffers, and a name that ends another name."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Linear(6, 6)
+            self.norm = nn.BatchNorm1d(6)
+            self.head, self.overhead = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.overhead(self.head(self.norm(self.body(x)))))
+
+
+X = torch.linspace(-1, 1, 18).reshape(3, 6)
+
+
+def test_saved_modules_with_buffers(tmp_path):
+    model = Norms().eval()
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["norm"])
+    params, _ = assert_both_ways(model, config, tmp_path, ids=X)
+    assert set(params["norm"]) == {"weight", "bias"}  # running statistics are no parameters
+    other = Norms().eval()
+    other.norm.running_mean += 1
+    with pytest.raises(fa.errors.CheckpointError, match="running_mean"):
+        fa.load_peft(tmp_path / "theirs", other)
+
+
+def test_modules_to_save_is_an_ending_even_within_a_word(tmp_path):
+    model = Norms().eval()
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["head", "absent"])
+    wrapped = peft_model(model, config)
+    wrapped.save_pretrained(tmp_path)
+    params, method = fa.load_peft(tmp_path, model)
+    assert set(method.modules_to_save) == {"head", "overhead"}
+    assert_same(fa.bind(model, method)(params, X).logits, wrapped(X).logits.detach())
+    method = replace(method, modules_to_save=["head"])
+    params = {p: leaf for p, leaf in params.items() if p != "overhead"}
+    with pytest.raises(fa.errors.CheckpointError, match="also 'overhead'"):
+        fa.save_peft(tmp_path / "again", params, method, model)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_are_relative_to_the_residual(init, rslora, tmp_path):
+    # theirs: PEFT moved part of W into the adapter, and does so again when it loads.
+    model = llama()
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "up_proj"],
+        init_lora_weights=init,
+        use_rslora=rslora,
+        **({} if rslora else {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 7}}),
+    )
+    wrapped = peft_model(model, config)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    params, method = fa.load_peft(tmp_path / "theirs", model)
+    assert (method.rank, method.init) == (6, "kaiming")
+    # The residual is W less a part as large as W, rounded twice.
+    assert_same(fa.bind(model, method)(params, IDS).logits, out(wrapped), 4 * TOLERANCE)
+
+    # ours: trained from the residual state, saved as PEFT would.
+    lora = fa.LoRA(rank=3, alpha=5, targets=["q_proj"], init=init, rslora=rslora)
+    params, residual = fa.init(lora, model)
+    params = {p: leaf._replace(lora_A=leaf.lora_A + 0.1) for p, leaf in params.items()}
+    want = fa.bind(model, lora, state=residual)(params, IDS).logits
+    fa.save_peft(tmp_path / "ours", params, lora, model)
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    assert_same(out(again), want, 4 * TOLERANCE)
+    params, method = fa.load_peft(tmp_path / "ours", model)
+    assert_same(fa.bind(model, method)(params, IDS).logits, want, 4 * TOLERANCE)
+
+    with pytest.raises(fa.errors.CheckpointError, match="Int8"):
+        fa.load_peft(tmp_path / "ours", llama("int8"))
+
+
+def test_alpha_that_follows_the_rank(tmp_path):
+    model = llama()
+    method = fa.LoRA(rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 2})
+    params = randomized(fa.init(method, model, generator=torch.Generator().manual_seed(0)), 0)
+    fa.save_peft(tmp_path, params, method)
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert_same(out(again), fa.bind(model, method)(params, IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_are_kept(dtype, tmp_path):
+    model = llama().to(dtype)
+    method = fa.LoRA(rank=2, targets=["q_proj"], modules_to_save=["norm"], dtype=dtype)
+    params = randomized(fa.init(method, model, generator=torch.Generator().manual_seed(0)), 0)
+    fa.save_peft(tmp_path, params, method)
+    again, loaded = fa.load_peft(tmp_path, model)
+    assert loaded.dtype == dtype
+    assert tree_structure(again) == tree_structure(params)
+    for got, want in zip(tree_leaves(again), tree_leaves(params), strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
