@@ -69,6 +69,7 @@ R = TypeVar("R", bound=Reader)
 # Root package of a layer's class, or of its weight's -> our module that registers its readers when
 # imported. So `import fadapt` imports no backend, and a backend that is absent costs nothing.
 _FAMILIES = {
+    "aqlm": "fadapt.bases.aqlm",
     "torchao": "fadapt.bases.int8",
     "transformers": "fadapt.bases.conv1d",
 }
@@ -127,8 +128,8 @@ def base_of(module: nn.Module) -> Base:
     """Read a layer as a base. Shares its storage, copies nothing, changes nothing.
 
     Args:
-        module: an ``nn.Linear`` (dense, or with a torchao weight), a transformers ``Conv1D``, or a
-            layer of a class given to :func:`register_base`.
+        module: an ``nn.Linear`` (dense, or with a torchao weight), a transformers ``Conv1D``, an
+            ``aqlm.QuantizedLinear``, or a layer of a class given to :func:`register_base`.
 
     Returns:
         The base: an immutable pytree of the layer's (detached) tensors.
@@ -147,8 +148,9 @@ def base_of(module: nn.Module) -> Base:
     if reader is _read_layer.dispatch(object):
         raise UnsupportedLayerError(
             f"{type(module).__module__}.{type(module).__qualname__} is not a layer that fadapt can "
-            "adapt. Supported: nn.Linear (dense, or with a torchao weight), transformers' Conv1D. "
-            "For a layer of your own, register a reader with fadapt.register_base."
+            "adapt. Supported: nn.Linear (dense, or with a torchao weight), transformers' Conv1D, "
+            "aqlm.QuantizedLinear. For a layer of your own, register a reader with "
+            "fadapt.register_base."
         )
     return reader(module)
 

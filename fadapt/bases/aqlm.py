@@ -1,0 +1,191 @@
+"""AQLM: weights as sums of codebook vectors, read from ``aqlm.QuantizedLinear``.
+
+Additive quantization of Egiazarian et al. 2024, arXiv:2401.06118; the numbers follow
+``aqlm/inference.py`` and ``aqlm/utils.py`` (1.1).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from aqlm import QuantizedLinear
+from torch import Tensor
+
+from fadapt._pytree import frozen_pytree
+from fadapt.bases.aqlm_codes import decode, read_codes
+from fadapt.bases.op import FrozenLinear, is_batched
+from fadapt.bases.precision import autocast_input, gemm_dtype
+from fadapt.bases.protocol import register_base
+from fadapt.errors import ConfigError
+
+
+@frozen_pytree
+@dataclass(frozen=True)
+class Aqlm:
+    """``W[group] = scale * sum_m codebooks[m][codes[group, m]]``.
+
+    Attributes:
+        codes: int8 or int16 ``[out_groups, in_groups, M]``, of which the low bits count; a
+            transposed view where the layer has permuted its own.
+        codebooks: ``[M, 2**nbits, out_group_size, in_group_size]``.
+        scales: ``[out_groups, 1, 1, 1]``.
+        bias: ``[out]`` or None.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[-2] * self.in_group_size
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[-3] * self.out_group_size
+
+    @property
+    def in_group_size(self) -> int:
+        return self.codebooks.shape[-1]
+
+    @property
+    def out_group_size(self) -> int:
+        return self.codebooks.shape[-2]
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codebooks.shape[-4]
+
+    @property
+    def nbits_per_codebook(self) -> int:
+        return self.codebooks.shape[-3].bit_length() - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codebooks.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def linear(self, x: Tensor) -> Tensor:
+        """``W x + b``, ``[..., in] -> [..., out]`` in x's dtype, in any floating dtype."""
+        x = autocast_input(x)
+        y = _op(x, (self.codes, self.codebooks, self.scales), None)
+        return y if self.bias is None else (y + self.bias).to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W ``[out, in]``; in the base's own dtype bit for bit AQLM's own.
+
+        Differentiable in the codebooks and the scales.
+        """
+        dtype = dtype or self.dtype
+        weight = decode(self.codes, self.codebooks.to(dtype))
+        return weight * _column(self.scales.to(dtype), self.out_group_size)
+
+    def rows(self, which: slice) -> "Aqlm":
+        """The base of the output rows ``which``, sharing storage.
+
+        Raises:
+            ConfigError: the slice cuts through a group of ``out_group_size`` rows.
+        """
+        start, stop, step = which.indices(self.out_features)
+        size = self.out_group_size
+        if step != 1 or start % size or (stop % size):
+            raise ConfigError(
+                f"rows({which}) of an AQLM base whose groups span {size} output rows: both ends "
+                f"must be multiples of {size}, the step 1."
+            )
+        groups = slice(start // size, max(start, stop) // size)
+        bias = None if self.bias is None else self.bias[start:stop]
+        return replace(self, codes=self.codes[groups], scales=self.scales[groups], bias=bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """``codes``, ``codebooks``, ``scales`` and ``bias`` in the layout of a layer that has not
+        run yet.
+
+        A layer that has run may hold its codes permuted: give the state to a fresh one, as
+        :func:`aqlm_layer` makes. Each tensor is an object of its own (storage is shared), because
+        AQLM's first forward replaces the data of the ``codes`` that it is given.
+        """
+        state = {
+            "codes": self.codes.detach().contiguous(),
+            "codebooks": self.codebooks.detach(),
+            "scales": self.scales.detach(),
+        }
+        return state | ({} if self.bias is None else {"bias": self.bias.detach()})
+
+
+def aqlm_layer(base: Aqlm) -> QuantizedLinear:
+    """A fresh ``aqlm.QuantizedLinear`` that holds ``base`` and shares its storage."""
+    layer = QuantizedLinear(
+        base.in_features,
+        base.out_features,
+        base.in_group_size,
+        base.out_group_size,
+        base.num_codebooks,
+        base.nbits_per_codebook,
+        bias=base.bias is not None,
+        device="meta",
+        dtype=base.dtype,
+    )
+    layer.load_state_dict(base.state(), assign=True)
+    return layer.requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _column(scales: Tensor, out_group: int) -> Tensor:
+    """``[out, 1]``."""
+    return scales.reshape(-1, 1).repeat_interleave(out_group, 0)
+
+
+def _blocks(x: Tensor, codes: Tensor, codebooks: Tensor) -> list[slice]:
+    """The runs of output groups to decode at a time.
+
+    On a CPU in eager mode a run is short enough that its float weight stays in the cache between
+    decoding and product; of many rows the product is long, and so may be the run.
+    """
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x)
+    row = codes.shape[1] * codebooks[0, 0].numel() * x.element_size()
+    limit = 2**19 if x.numel() // x.shape[-1] < 64 else 2**22
+    size = codes.shape[0] if whole else max(1, limit // row)
+    return [slice(i, i + size) for i in range(0, codes.shape[0], size)]
+
+
+def _multiply(x: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    rows = x.to(gemm_dtype(x))
+    codebooks = codebooks.to(rows.dtype)
+    parts = [rows @ decode(codes[s], codebooks).mT for s in _blocks(rows, codes, codebooks)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return (y * _column(scales.to(y.dtype), codebooks.shape[2]).flatten()).to(x.dtype)
+
+
+def _transposed(
+    g: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> Tensor:
+    compute = gemm_dtype(g)
+    out_group = codebooks.shape[2]
+    rows = g.to(compute) * _column(scales.to(compute), out_group).flatten()
+    codebooks = codebooks.to(compute)
+    blocks = _blocks(rows, codes, codebooks)
+    if len(blocks) == 1:
+        return (rows @ decode(codes, codebooks)).to(g.dtype)
+    total = rows.new_zeros(*rows.shape[:-1], codes.shape[1] * codebooks.shape[3])
+    for s in blocks:
+        total += rows[..., s.start * out_group : s.stop * out_group] @ decode(codes[s], codebooks)
+    return total.to(g.dtype)
+
+
+_op = FrozenLinear(_multiply, _transposed)
+
+
+def _read(layer: QuantizedLinear) -> Aqlm:
+    bias = layer.bias
+    return Aqlm(
+        codes=read_codes(layer),
+        codebooks=layer.codebooks.detach(),
+        scales=layer.scales.detach(),
+        bias=None if bias is None else bias.detach(),
+    )
+
+
+register_base(QuantizedLinear, _read)
