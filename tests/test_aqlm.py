@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from aqlm import QuantizedLinear
 from aqlm.utils import _dequantize_weight, unpack_int_data
+from aqlm_layers import quantized, used
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call, grad, jvp, vmap
@@ -15,18 +15,6 @@ from fadapt.testing import assert_pure
 
 # (codebooks, bits, in group, out group): those that are published, and odd ones.
 FORMATS = [(1, 16, 8, 1), (2, 8, 8, 1), (1, 8, 8, 1), (3, 8, 4, 1), (2, 5, 4, 2), (1, 12, 16, 1)]
-
-
-def quantized(fmt=(2, 8, 8, 1), n_in=64, n_out=16, dtype=torch.float32, bias=True):
-    books, bits, in_group, out_group = fmt
-    layer = QuantizedLinear(n_in, n_out, in_group, out_group, books, bits, bias=bias, dtype=dtype)
-    g = torch.Generator().manual_seed(0)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)  # every code, the negative ones too
-    layer.codes.data = torch.randint(low, high, layer.codes.shape, generator=g).to(layer.codes)
-    for p in (layer.codebooks, layer.scales, layer.bias):
-        if p is not None:
-            p.data = torch.randn(p.shape, generator=g).to(dtype)
-    return layer
 
 
 def theirs(layer):
@@ -60,13 +48,6 @@ def test_gradients_in_both_directions(fmt):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(2, 16, dtype=torch.float64, generator=g, requires_grad=True)
     assert gradcheck(base.linear, x, check_forward_ad=True, check_batched_grad=True)
-
-
-def used(layer):
-    """The layer after a forward on the CPU, which permutes 256-entry codes in place."""
-    with torch.no_grad():
-        layer(torch.zeros(1, layer.in_features))
-    return layer
 
 
 @pytest.mark.parametrize("n_out", [64, 32])

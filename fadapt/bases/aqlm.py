@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.aqlm_codes import decode, read_codes
+from fadapt.bases.aqlm_encode import requantize
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import register_base
@@ -83,6 +84,34 @@ class Aqlm:
         weight = decode(self.codes, self.codebooks.to(dtype))
         return weight * _column(self.scales.to(dtype), self.out_group_size)
 
+    def requantize(
+        self,
+        weight: Tensor,
+        *,
+        second_moment: Tensor | None = None,
+        rounds: int = 0,
+        beam: int = 8,
+    ) -> "Aqlm":
+        """A base of the same format whose weight is as close to ``weight`` as a search finds.
+
+        The codes are searched by beam, the present ones always among the candidates, so a weight
+        that this base holds already gives the base itself. A change smaller than the codebooks'
+        own error is mostly lost: see :func:`fadapt.bases.aqlm_encode.tune_codebooks`.
+
+        Args:
+            weight: W ``[out, in]``, floating. Where the weight that was once quantized is known,
+                give that plus the change, not ``dequantize()`` plus the change.
+            second_moment: ``X^T X`` ``[in, in]`` of the layer's inputs: the error of the outputs
+                on them is lowered, not that of W.
+            rounds: how often codebooks and scales are solved for and the codes searched anew. At
+                0 codebooks and scales stay, which is what blocks of rows can share.
+            beam: combinations of codes that the search keeps.
+
+        Raises:
+            AdapterError: a wrong shape, NaN or Inf.
+        """
+        return requantize(self, weight, second_moment, rounds, beam)
+
     def rows(self, which: slice) -> "Aqlm":
         """The base of the output rows ``which``, sharing storage.
 
@@ -130,7 +159,7 @@ def aqlm_layer(base: Aqlm) -> QuantizedLinear:
         dtype=base.dtype,
     )
     layer.load_state_dict(base.state(), assign=True)
-    return layer.requires_grad_(False)  # type: ignore[no-any-return]
+    return layer.requires_grad_(False)
 
 
 def _column(scales: Tensor, out_group: int) -> Tensor:

@@ -43,7 +43,8 @@ def store(index: Tensor, like: Tensor, nbits: int) -> Tensor:
         like: codes whose dtype is wanted.
         nbits: bits of a code.
     """
-    return (index - (index >= 2 ** (nbits - 1)).to(index.dtype) * 2**nbits).to(like.dtype)
+    upper = index >= 2 ** (nbits - 1)
+    return torch.where(upper, index - 2**nbits, index).to(like.dtype)
 
 
 def read_codes(layer: QuantizedLinear) -> Tensor:
@@ -56,7 +57,7 @@ def read_codes(layer: QuantizedLinear) -> Tensor:
     Raises:
         UnsupportedLayerError: the shape is neither, or the layer's state does not tell.
     """
-    codes = layer.codes.detach()
+    codes: Tensor = layer.codes.detach()
     out_groups = layer.out_features // layer.out_group_size
     in_groups = layer.in_features // layer.in_group_size
     plain = (out_groups, in_groups, layer.num_codebooks)
