@@ -2,6 +2,7 @@
 
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.bases import Base, Dense, base_of, register_base
+from fadapt.batching import Mixed, bind_mixed
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.gradients import value_and_grad
@@ -25,12 +26,14 @@ __all__ = [
     "LoRABiasParams",
     "LoRAParams",
     "Method",
+    "Mixed",
     "OFT",
     "OFTParams",
     "OFTRotation",
     "StackedLoRA",
     "base_of",
     "bind",
+    "bind_mixed",
     "count",
     "dropout_seeds",
     "fold",

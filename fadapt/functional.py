@@ -130,6 +130,10 @@ class Forward:
             for path, leaf in self.prepare(params).items():
                 fields = leaf._asdict() if hasattr(leaf, "_asdict") else leaf
                 tensors |= {join(path, name): tensor for name, tensor in fields.items()}
+        return self.run(tensors, args, kwargs)
+
+    def run(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the shell with these tensors, by name, in place of what it holds."""
         # A forward may write to its buffers (running statistics): let it write to copies.
         copies: dict[int, Tensor] = {}
         for name, buffer in self._buffers:

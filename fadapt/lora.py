@@ -15,6 +15,7 @@ from torch import Tensor
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.random import draw
+from fadapt.rows import Rows, add_low_rank
 from fadapt.targets import ALL_LINEAR, normalize_targets, pattern_values
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
@@ -254,6 +255,11 @@ class LoRA:
         if isinstance(params, LoRABiasParams):
             update = update + params.lora_bias * self.scaling
         return y + update.to(y.dtype)
+
+    def apply_rows(self, base: Base, params: Params, rows: Rows, x: Tensor) -> Tensor:
+        """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
+        A, B, bias = params.lora_A, params.lora_B, getattr(params, "lora_bias", None)
+        return add_low_rank(base.linear(x), x.to(A.dtype), A, B, rows, self.scaling, bias)
 
     def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
         """``W + s B A``, for the rows ``rows`` of W that ``weight [rows, in]`` holds.

@@ -1,0 +1,194 @@
+"""Which row of a batch wears which adapter, and the products in which each row has its own matrix.
+
+Two forms of such a product. *Gather*: copy out each row's matrix, one ``bmm``; plain torch, right
+under every transform, and what CUDA graphs capture. *Grouped*: the rows sorted by adapter once for
+all layers, one ``_grouped_mm``; on a CPU and for few tokens it is faster, as no matrix is copied
+(measured at 1024 x 1024: 256 rows of 32 adapters 1.8 times, 32 rows 1.2 times; from 32 tokens on
+the gather wins).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fadapt._pytree import frozen_pytree
+from fadapt.errors import AdapterError
+
+# Tokens a row below which the grouped product is taken where it can be.
+FEW_TOKENS = 32
+BASE = -1
+
+
+@frozen_pytree
+@dataclass(frozen=True)
+class Rows:
+    """A batch's ids, checked and laid out once for all layers. Made by :func:`rows_of`.
+
+    Attributes:
+        ids: int64 ``[n]`` in ``[0, K)``; 0 for a row of the base.
+        live: boolean ``[n]``, False for a row of the base; None if there is no such row.
+        order: int64 ``[m]``, the live rows sorted by adapter; None where ids could not be read.
+        ends: int32 ``[K]``, where each adapter's rows end in ``order``; None as ``order``.
+    """
+
+    ids: Tensor
+    live: Tensor | None = None
+    order: Tensor | None = None
+    ends: Tensor | None = None
+
+
+def rows_of(ids: Sequence[int] | Tensor | Rows, size: int, device: torch.device | None) -> Rows:
+    """Check ids, and lay them out.
+
+    Args:
+        ids: ``[n]`` integers, each in ``[0, size)`` or -1 for the base. They are read in Python,
+            unless they are traced, mapped over or about to be captured into a CUDA graph: then
+            they cannot be checked, and every negative one is the base.
+        size: K, of the bank.
+        device: of the bank; where the ids go.
+
+    Raises:
+        AdapterError: ids that are no integers, or out of range.
+    """
+    if isinstance(ids, Rows):
+        return ids
+    if not isinstance(ids, Tensor):
+        ids = torch.tensor(_integers(ids), dtype=torch.int64)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
+        raise AdapterError(
+            f"ids: expected integers [n], one a row of the batch; got {ids.dtype} "
+            f"{list(ids.shape)}."
+        )
+    given = _concrete(ids)
+    ids = ids.to(device=device, dtype=torch.int64)
+    if given is None:
+        return Rows(ids.clamp(min=0), ids >= 0)
+    wrong = sorted({k for k in given if not BASE <= k < size})
+    if wrong:
+        raise AdapterError(
+            f"ids {wrong[:8]} are not in this bank of {size} adapters: an id lies in [0, {size}), "
+            "or is -1 for the base."
+        )
+    live = ids >= 0 if min(given, default=0) < 0 else None
+    clamped = ids if live is None else ids.clamp(min=0)
+    if ids.device.type != "cpu":
+        return Rows(clamped, live)
+    order = torch.argsort(ids, stable=True)[given.count(BASE) :]
+    counts = torch.bincount(ids[order], minlength=size)
+    return Rows(clamped, live, order, counts.cumsum(0).to(torch.int32))
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    rows: Rows,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``y_i + scaling (B_k A_k x_i + bias_k)``, k the adapter of row i; y_i itself for the base.
+
+    Args:
+        y: ``[n, ..., out]``.
+        x: ``[n, ..., in]`` in the dtype of A.
+        A, B: ``[K, r, in]`` and ``[K, out, r]``.
+        rows: of the batch.
+        scaling: of the update.
+        bias: ``[K, out]`` or None.
+    """
+    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    if _grouped_pays(flat, A, B, rows):
+        return _add_grouped(y, flat, A, B, rows, scaling, bias)
+    ids = rows.ids
+    h = torch.bmm(flat, A.index_select(0, ids).mT)
+    if scaling != 1:
+        h = h * scaling
+    of_rows = B.index_select(0, ids).mT
+    out = y.reshape(y.shape[0], -1, y.shape[-1])
+    if bias is None and out.dtype == h.dtype == of_rows.dtype:
+        total = torch.baddbmm(out, h, of_rows)
+    else:
+        update = torch.bmm(h, of_rows)
+        if bias is not None:
+            update = update + (bias * scaling).index_select(0, ids).unsqueeze(1)
+        total = out + update.to(out.dtype)
+    return keep_base(total.reshape(y.shape), y, rows)
+
+
+def keep_base(adapted: Tensor, plain: Tensor, rows: Rows) -> Tensor:
+    """Row i of ``adapted``, or of ``plain`` where row i is the base's: both ``[n, ...]``."""
+    if rows.live is None:
+        return adapted
+    return torch.where(rows.live.reshape(-1, *[1] * (plain.dim() - 1)), adapted, plain)
+
+
+def _add_grouped(
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    rows: Rows,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    order, ends = rows.order, rows.ends
+    assert order is not None
+    assert ends is not None
+    tokens = x.shape[1]
+    ordered = x.index_select(0, order).flatten(0, 1)
+    if ordered.shape[0] == 0:
+        return y
+    offs = ends * tokens
+    h = torch._grouped_mm(ordered, A.mT, offs=offs)
+    if scaling != 1:
+        h = h * scaling
+    update = torch._grouped_mm(h, B.mT, offs=offs).unflatten(0, (-1, tokens))
+    if bias is not None:
+        owner = torch.searchsorted(ends, torch.arange(len(order)), right=True)
+        update = update + (bias * scaling).index_select(0, owner).unsqueeze(1)
+    out = y.reshape(y.shape[0], -1, y.shape[-1])
+    return out.index_add(0, order, update.to(y.dtype)).reshape(y.shape)
+
+
+def _grouped_pays(x: Tensor, A: Tensor, B: Tensor, rows: Rows) -> bool:
+    # Inference alone: the grouped product has no rule for vmap, jvp and batched gradients.
+    return (
+        rows.order is not None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad))
+        and x.shape[1] < FEW_TOKENS
+        and A.dtype == torch.float32 == x.dtype
+        # _grouped_mm wants rows of 16 bytes.
+        and A.is_contiguous()
+        and B.is_contiguous()
+        and all(size % 4 == 0 for size in (A.shape[-1], A.shape[-2], B.shape[-2]))
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _concrete(ids: Tensor) -> list[int] | None:
+    """The ids as numbers; None where they are not known, or reading them would be an error."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(ids):
+        return None
+    if isinstance(ids, torch._subclasses.FakeTensor):
+        return None
+    if ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    return [int(k) for k in ids.tolist()]
+
+
+def _integers(ids: Sequence[int]) -> list[int]:
+    found = []
+    for k in ids:
+        if isinstance(k, bool) or not hasattr(k, "__index__"):
+            raise AdapterError(
+                f"ids: expected integers, one a row of the batch; got {k!r}. A Bank's ids(names) "
+                "turns names into ids."
+            )
+        found.append(int(k))
+    return found
