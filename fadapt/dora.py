@@ -14,6 +14,7 @@ from torch import Tensor
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.lora import LoRA, LoRAParams
+from fadapt.rows import Rows, add_low_rank, keep_base
 
 # How much of W is dequantized at a time to take its norm.
 _BLOCK_BYTES = {"cpu": 2**21}
@@ -169,6 +170,17 @@ class DoRA(LoRA):
         if base.bias is not None:
             plain = plain - base.bias.to(dtype)
         return y + ((factor - 1) * plain + factor * update).to(y.dtype)
+
+    def apply_rows(self, base: Base, params: Any, rows: Rows, x: Tensor) -> Tensor:
+        """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
+        y = base.linear(x)
+        A, B = params.lora_A, params.lora_B
+        plain = y.to(A.dtype)
+        if base.bias is not None:
+            plain = plain - base.bias.to(A.dtype)
+        moved = add_low_rank(plain, x.to(A.dtype), A, B, rows, self.scaling)
+        factor = rows.take(_factor(params.lora_magnitude, params.norm).to(A.dtype), y)
+        return keep_base(y + (factor * moved - plain).to(y.dtype), y, rows)
 
     def merge(self, weight: Tensor, params: Any, rows: slice = slice(None)) -> Tensor:
         """``m (W + s B A) / |W + s B A|``, for the rows ``rows`` of W ``[rows, in]``.

@@ -17,6 +17,7 @@ from torch import Tensor
 from fadapt.bases import Base
 from fadapt.bases.precision import gemm_dtype
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.rows import Rows, keep_base, rotate_rows
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
 CAYLEY = ("exact", "neumann", "auto")
@@ -266,6 +267,13 @@ class OFT:
             blocks = torch.where(keep[:, None, None], blocks, _eye(blocks))
         kind = gemm_dtype(blocks)
         return base.linear(_rotate(x.to(kind), blocks.to(kind)).to(x.dtype))
+
+    def apply_rows(self, base: Base, params: OFTRotation, rows: Rows, x: Tensor) -> Tensor:
+        """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
+        blocks = params.rotation
+        kind = gemm_dtype(blocks)
+        turned = rotate_rows(x.to(kind), blocks.to(kind), rows).to(x.dtype)
+        return base.linear(keep_base(turned, x, rows))
 
     def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
         """``W R^T``, for the rows ``rows`` of W that ``weight [rows, in]`` holds.

@@ -38,6 +38,11 @@ class Rows:
     order: Tensor | None = None
     ends: Tensor | None = None
 
+    def take(self, values: Tensor, like: Tensor) -> Tensor:
+        """Each row's own of ``values [K, d]``, as ``[n, 1, ..., d]`` to go with ``like``."""
+        own = values.index_select(0, self.ids)
+        return own.reshape(own.shape[0], *[1] * (like.dim() - 2), own.shape[-1])
+
 
 def rows_of(ids: Sequence[int] | Tensor | Rows, size: int, device: torch.device | None) -> Rows:
     """Check ids, and lay them out.
@@ -116,6 +121,15 @@ def add_low_rank(
             update = update + (bias * scaling).index_select(0, ids).unsqueeze(1)
         total = out + update.to(out.dtype)
     return keep_base(total.reshape(y.shape), y, rows)
+
+
+def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
+    """``x_i R_k``, k the adapter of row i, for x ``[n, ..., in]`` and blocks ``[K, r, b, b]``, of
+    which r may be 1."""
+    size = blocks.shape[-1]
+    own = blocks.index_select(0, rows.ids)
+    split = x.reshape(x.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
+    return torch.matmul(split, own).transpose(1, 2).reshape(x.shape)
 
 
 def keep_base(adapted: Tensor, plain: Tensor, rows: Rows) -> Tensor:

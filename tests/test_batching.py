@@ -12,8 +12,8 @@ import fadapt as fa
 from fadapt.testing import assert_pure
 
 IDS = [2, -1, 0, 2, 1, -1]
-ABLE = [m for m in METHODS if hasattr(m.method, "apply_rows")]
-SOME = [b for b in BASES if not b.gradcheck or b.name.endswith("f32")]
+ABLE = [m for m in METHODS if m.name in ("lora", "lora-rs-bias", "oft", "dora")]
+SOME = [b for b in BASES if not b.name.endswith(("f64", "-f16"))]
 table = pytest.mark.parametrize(
     ("row", "kind"), [pytest.param(b, m, id=f"{b.name}-{m.name}") for b in SOME for m in ABLE]
 )
