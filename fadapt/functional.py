@@ -39,6 +39,7 @@ class AdaptedLinear(nn.Module):
         self.base_layer = layer
         self.base = base
         self.method = method
+        self.path = path
         # Told by the path alone, so that an adapter's masks do not depend on what else is adapted.
         self.stream = zlib.crc32(path.encode())
         self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
@@ -69,10 +70,18 @@ class AdaptedLinear(nn.Module):
     def _keep(self, params: Any, x: Tensor) -> Tensor | None:
         keep: Tensor | None = self.dropout_keep
         seed: Tensor | None = self.dropout_seed
-        if seed is None:
-            return keep
+        if seed is not None:
+            shape = self.method.keep_shape(params, x)
+            return keep_mask(seed + self.stream, shape, self.method.dropout)
+        if keep is None:
+            return None
         shape = self.method.keep_shape(params, x)
-        return keep_mask(seed + self.stream, shape, self.method.dropout)
+        if keep.shape != shape or keep.dtype != torch.bool:
+            raise AdapterError(
+                f"layer {self.path!r}: expected a dropout mask torch.bool {list(shape)} for an "
+                f"input {list(x.shape)}; got {keep.dtype} {list(keep.shape)}."
+            )
+        return keep
 
 
 class Forward:
