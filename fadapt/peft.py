@@ -51,7 +51,7 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
     """
     folder = Path(folder)
     config = read_json(folder)
-    fmt = format_named(config.get("peft_type"))
+    fmt = format_named(config)
     layers, rest = _sort_keys(read_tensors(folder), fmt, model)
     adapted = [p for p, _ in model.named_modules() if p in layers]
     check_aliases(adapted, model)

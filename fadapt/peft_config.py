@@ -18,8 +18,14 @@ from fadapt.method import Method
 from fadapt.peft_targets import check_targets, spelt
 from fadapt.targets import ALL_LINEAR, exact_pattern, pattern_values
 
-# PEFT's name for a method -> the module that holds its FORMAT.
-_MODULES = {"LORA": "fadapt.peft_lora"}
+# PEFT's name for a method -> the module that holds its FORMAT. DoRA is LoRA with use_dora to PEFT,
+# a method of its own here.
+_MODULES = {
+    "LORA": "fadapt.peft_lora",
+    "LORA with use_dora": "fadapt.peft_dora",
+    "OFT": "fadapt.peft_oft",
+    "FADAPT_OFT": "fadapt.peft_oft_own",
+}
 
 # Options that say where an adapter comes from, or how PEFT keeps it in memory: no number in them.
 _INERT = frozenset(
@@ -63,6 +69,7 @@ class Format(NamedTuple):
         pack: ``(one layer's parameters) -> tensors by suffix``.
         convert: ``(params, method, model) -> (params, method)``, where what is on disk is not yet
             relative to the model's own weights.
+        holds: whether PEFT has a way to say what this method of the class does.
     """
 
     peft_type: str
@@ -78,10 +85,14 @@ class Format(NamedTuple):
     convert: Callable[[dict[str, Any], Any, nn.Module], tuple[dict[str, Any], Any]] = (
         lambda params, method, model: (params, method)
     )
+    holds: Callable[[Any], bool] = lambda method: True
 
 
-def format_named(peft_type: object) -> Format:
-    """The format of a config's ``peft_type``."""
+def format_named(config: Mapping[str, Any]) -> Format:
+    """The format of a config, by its ``peft_type``."""
+    peft_type = config.get("peft_type")
+    if config.get("use_dora"):
+        peft_type = f"{peft_type} with use_dora"
     if peft_type not in _MODULES:
         raise CheckpointError(
             f"adapter_config.json: peft_type is {peft_type!r}; fadapt reads "
@@ -93,8 +104,9 @@ def format_named(peft_type: object) -> Format:
 def format_of(method: Method) -> Format:
     """The format that a method is written in."""
     for name in _MODULES:
-        if type(method) is _format(name).method:
-            return _format(name)
+        found = _format(name)
+        if type(method) is found.method and found.holds(method):
+            return found
     stacked = hasattr(method, "members")
     hint = " Save the adapters of a stack one by one: fadapt.unstack(stack, unit)."
     raise CheckpointError(
