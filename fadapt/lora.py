@@ -151,8 +151,8 @@ class LoRA:
             # Rounded to the parameters' dtype first: the residual then makes up for that too.
             A, B = A.to(dtype), B.to(dtype)
             delta = (B.double() @ A.double()) * self.scaling
-            weight = base.dequantize().double() - delta
-            residual = base.requantize(weight.to(torch.promote_types(base.dtype, torch.float32)))
+            wide = torch.promote_types(base.dtype, torch.float32)
+            residual = base.requantize((base.dequantize(wide).double() - delta).to(wide))
         else:
             if generator is None:
                 raise ConfigError(
