@@ -9,51 +9,76 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.functional import AdaptedLinear, Forward, bind, join
+from fadapt.kinds import Kinds
 from fadapt.method import Method
 from fadapt.rows import Rows, rows_of
 
-_ROWS = "fadapt_rows"
+_HELD = "fadapt_rows"
+Ids = Sequence[int] | Tensor | tuple[Rows, ...]
 
 
 class _Held(nn.Module):
     """Where ``functional_call`` puts a call's :class:`Rows` for the layers of a shell to read."""
 
-    ids: Tensor
-    live: Tensor | None
-    order: Tensor | None
-    ends: Tensor | None
-
-    def __init__(self) -> None:
+    def __init__(self, kinds: int) -> None:
         super().__init__()
-        for name in Rows.__dataclass_fields__:
-            self.register_buffer(name, None, persistent=False)
+        for kind in range(kinds):
+            for name in Rows.__dataclass_fields__:
+                self.register_buffer(f"{name}{kind}", None, persistent=False)
 
-    def rows(self) -> Rows:
-        return Rows(self.ids, self.live, self.order, self.ends)
+    def rows(self, kind: int) -> Rows:
+        return Rows(**{name: getattr(self, f"{name}{kind}") for name in Rows.__dataclass_fields__})
+
+
+class _Worn:
+    """A base as it is with the adapters of one kind on: what the next kind takes for its base."""
+
+    def __init__(self, base: Any, method: Any, params: Any, rows: Rows):
+        self.base, self.method, self.params, self.rows = base, method, params, rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def linear(self, x: Tensor) -> Tensor:
+        y: Tensor = self.method.apply_rows(self.base, self.params, self.rows, x)
+        return y
 
 
 class MixedLinear(AdaptedLinear):
-    """A target layer inside a mixed shell: its base, and room for one layer's bank."""
+    """A target layer inside a mixed shell: its base, and room for one layer of each kind's bank.
 
-    def __init__(self, layer: AdaptedLinear, path: str, held: _Held):
-        super().__init__(layer.base_layer, layer.base, layer.method, path)
+    Attributes:
+        parts: ``{kind: the method at this layer}``.
+    """
+
+    def __init__(self, path: str, parts: Mapping[int, AdaptedLinear], held: _Held):
+        first = next(iter(parts.values()))
+        super().__init__(first.base_layer, first.base, first.method, path)
         self.path = path
+        self.parts = {kind: layer.method for kind, layer in parts.items()}
         self._held = [held]  # in a list: not a child of every layer
+        for kind, method in self.parts.items():
+            for fields in (method.params_type._fields, method.prepared_type._fields):
+                for name in fields:
+                    self.register_buffer(f"{name}{kind}", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, ..., in] -> [n, ..., out]``, row by row through its adapter."""
-        given = {n: t for n in self.fields if (t := getattr(self, n)) is not None}
-        if not given:
-            return self.base.linear(x)
-        rows = self._held[0].rows()
-        if x.dim() < 2 or x.shape[0] != rows.ids.shape[0]:
-            raise AdapterError(
-                f"layer {self.path!r} gets an input {list(x.shape)} for {rows.ids.shape[0]} ids: "
-                "in a mixed batch the first axis of every adapted layer's input must be the row. "
-                "Exclude layers that see rows joined or cut up."
-            )
-        method: Any = self.method
-        y: Tensor = method.apply_rows(self.base, self.kinds[tuple(given)](**given), rows, x)
+        base: Any = self.base
+        for kind, method in self.parts.items():
+            rows = self._held[0].rows(kind)
+            if rows.ids is None:
+                continue
+            if x.dim() < 2 or x.shape[0] != rows.ids.shape[0]:
+                raise AdapterError(
+                    f"layer {self.path!r} gets an input {list(x.shape)} for {rows.ids.shape[0]} "
+                    "ids: in a mixed batch the first axis of every adapted layer's input must be "
+                    "the row. Exclude layers that see rows joined or cut up."
+                )
+            prepared = method.prepared_type
+            params = prepared(*[getattr(self, f"{name}{kind}") for name in prepared._fields])
+            base = _Worn(base, method, params, rows)
+        y: Tensor = base.linear(x)
         return y
 
 
@@ -66,38 +91,33 @@ class Mixed:
         layers: ``{path: MixedLinear}``.
     """
 
-    def __init__(self, forward: Forward):
-        held = _Held()
-        self.method = forward.method
+    def __init__(self, model: nn.Module, method: Any, state: Mapping[str, Tensor] | None):
+        kinds = method.methods if isinstance(method, Kinds) else (method,)
+        self.method = method
+        self._forwards = [bind(model, kind, state) for kind in kinds]
+        paths = dict.fromkeys(path for forward in self._forwards for path in forward.layers)
+        held, shell = _Held(len(kinds)), self._forwards[0].shell
         self.layers: dict[str, MixedLinear] = {}
-        shell = forward.shell
-        paths = {id(layer): path for path, layer in forward.layers.items()}
-        for alias, module in list(shell.named_modules(remove_duplicate=False)):
-            if (path := paths.get(id(module))) is None:
-                continue
-            if path not in self.layers:
-                self.layers[path] = MixedLinear(forward.layers[path], path, held)
-            if alias:
-                shell.set_submodule(alias, self.layers[path])
-            else:
-                shell = self.layers[path]
+        for path in paths:
+            parts = {k: f.layers[path] for k, f in enumerate(self._forwards) if path in f.layers}
+            layer = self.layers[path] = MixedLinear(path, parts, held)
+            module = model.get_submodule(path)
+            for alias, other in model.named_modules(remove_duplicate=False):
+                if other is module and alias:
+                    shell.set_submodule(alias, layer)
+                elif other is module:
+                    shell = layer
         # A child of the first layer, as a container such as nn.Sequential would run one of its own.
-        first = next(iter(self.layers))
-        self.layers[first].add_module(_ROWS, held)
-        self._held = join(first, _ROWS)
+        first = next(iter(paths))
+        self.layers[first].add_module(_HELD, held)
+        self._held = join(first, _HELD)
         self.shell = shell
-        self._forward = Forward(shell, self.layers, forward.saved, forward.method)
+        self._forward = Forward(shell, self.layers, {}, kinds[0])
 
     def __repr__(self) -> str:
         return f"Mixed({type(self.shell).__name__}, {len(self.layers)} layers, {self.method})"
 
-    def __call__(
-        self,
-        bank: Mapping[str, Any] | None,
-        ids: Sequence[int] | Tensor | Rows,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, bank: Any, ids: Ids, *args: Any, **kwargs: Any) -> Any:
         """The model's own call; row i of the batch wears adapter ``ids[i]``.
 
         Args:
@@ -119,36 +139,65 @@ class Mixed:
         """
         if bank is None:
             return self._forward(None, *args, **kwargs)
-        bank = self.prepare(bank)
-        rows = self.rows(ids, bank)
-        tensors = {join(self._held, n): t for n, t in vars(rows).items() if t is not None}
-        for path, leaf in bank.items():
-            tensors |= {join(path, name): tensor for name, tensor in leaf._asdict().items()}
+        banks = self._banks(self.prepare(bank))
+        tensors: dict[str, Tensor] = {}
+        for kind, (one, rows) in enumerate(zip(banks, self.rows(ids, bank), strict=True)):
+            if rows.ids is None:
+                continue
+            for name, tensor in vars(rows).items():
+                if tensor is not None:
+                    tensors[join(self._held, f"{name}{kind}")] = tensor
+            for path, leaf in one.items():
+                for name, tensor in leaf._asdict().items():
+                    tensors[join(path, f"{name}{kind}")] = tensor
         return self._forward.run(tensors, args, kwargs)
 
-    def rows(self, ids: Sequence[int] | Tensor | Rows, bank: Mapping[str, Any]) -> Rows:
-        """Ids checked against a bank, and laid out for all layers."""
-        first = tree_leaves(dict(bank))[0]
-        return rows_of(ids, first.shape[0], first.device)
+    def rows(self, ids: Ids, bank: Any) -> tuple[Rows, ...]:
+        """Ids checked against a bank, and laid out for all layers.
 
-    def prepare(self, bank: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a method can build of a bank once for several calls, which take it instead."""
+        Raises:
+            AdapterError: an id out of range.
+        """
+        if isinstance(ids, tuple) and ids and isinstance(ids[0], Rows):
+            return ids
+        firsts = [tree_leaves(dict(one))[0] for one in self._banks(bank)]
+        if isinstance(self.method, Kinds):
+            ids = self.method.flat(ids)
+        return rows_of(ids, [t.shape[0] for t in firsts], firsts[0].device)  # type: ignore[arg-type]
+
+    def prepare(self, bank: Any) -> Any:
+        """What can be built of a bank once for several calls, which take it instead."""
+        banks = self._banks(bank)
+        each = [self._prepare(f, one) for f, one in zip(self._forwards, banks, strict=True)]
+        return tuple(each) if isinstance(self.method, Kinds) else each[0]
+
+    def _banks(self, bank: Any) -> Sequence[Mapping[str, Any]]:
+        if not isinstance(self.method, Kinds):
+            return (bank,)
+        if not isinstance(bank, tuple) or len(bank) != len(self._forwards):
+            raise AdapterError(
+                f"a bank of {len(self._forwards)} kinds of adapters is a tuple of as many stacks, "
+                f"got {type(bank).__name__}. fadapt.stack(adapters, methods=...) makes it."
+            )
+        return bank
+
+    def _prepare(self, forward: Forward, bank: Mapping[str, Any]) -> Mapping[str, Any]:
         sizes = {t.shape[0] if t.dim() else 0 for t in tree_leaves(dict(bank))}
         if len(sizes) != 1 or 0 in sizes:
             raise AdapterError(
                 f"not a bank: its leaves' first axes are {sorted(sizes)}, and each must be K, the "
                 "number of adapters. fadapt.stack makes one."
             )
-        first = tree_map(lambda t: t[0], dict(bank))
-        self._forward._check(first)
-        if all(type(leaf) is self.method.prepared_type for leaf in bank.values()):
+        forward._check(tree_map(lambda t: t[0], dict(bank)))
+        method = forward.method
+        if all(type(leaf) is method.prepared_type for leaf in bank.values()):
             return bank
-        bases = {path: layer.base for path, layer in self.layers.items()}
-        return torch.func.vmap(lambda one: dict(self.method.prepare(one, bases)))(dict(bank))
+        bases = {path: layer.base for path, layer in forward.layers.items()}
+        return torch.func.vmap(lambda one: dict(method.prepare(one, bases)))(dict(bank))
 
 
 def bind_mixed(
-    model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = None
+    model: nn.Module, method: Method | Kinds, state: Mapping[str, Tensor] | None = None
 ) -> Mixed:
     """A pure forward of ``model`` in which row i of the batch wears adapter ``ids[i]`` of a bank.
 
@@ -181,8 +230,9 @@ def bind_mixed(
     The batch follows Punica (Chen et al. 2023, arXiv:2310.18547) and S-LoRA (Sheng et al. 2023,
     arXiv:2311.03285).
     """
-    _check_method(method)
-    return Mixed(bind(model, method, state))
+    for one in method.methods if isinstance(method, Kinds) else (method,):
+        _check_method(one)
+    return Mixed(model, method, state)
 
 
 def _check_method(method: Method) -> None:

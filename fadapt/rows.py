@@ -27,38 +27,47 @@ class Rows:
     """A batch's ids, checked and laid out once for all layers. Made by :func:`rows_of`.
 
     Attributes:
-        ids: int64 ``[n]`` in ``[0, K)``; 0 for a row of the base.
+        ids: int64 ``[n]`` in ``[0, K)``; 0 for a row of the base. None if all rows are the base's.
         live: boolean ``[n]``, False for a row of the base; None if there is no such row.
         order: int64 ``[m]``, the live rows sorted by adapter; None where ids could not be read.
         ends: int32 ``[K]``, where each adapter's rows end in ``order``; None as ``order``.
     """
 
-    ids: Tensor
+    ids: Tensor | None = None
     live: Tensor | None = None
     order: Tensor | None = None
     ends: Tensor | None = None
 
+    def pick(self, values: Tensor) -> Tensor:
+        """Each row's own of ``values [K, ...]``: ``[n, ...]``."""
+        assert self.ids is not None
+        return values.index_select(0, self.ids)
+
     def take(self, values: Tensor, like: Tensor) -> Tensor:
         """Each row's own of ``values [K, d]``, as ``[n, 1, ..., d]`` to go with ``like``."""
-        own = values.index_select(0, self.ids)
+        own = self.pick(values)
         return own.reshape(own.shape[0], *[1] * (like.dim() - 2), own.shape[-1])
 
 
-def rows_of(ids: Sequence[int] | Tensor | Rows, size: int, device: torch.device | None) -> Rows:
+def rows_of(
+    ids: Sequence[int] | Tensor, sizes: Sequence[int], device: torch.device | None
+) -> tuple[Rows, ...]:
     """Check ids, and lay them out.
 
     Args:
-        ids: ``[n]`` integers, each in ``[0, size)`` or -1 for the base. They are read in Python,
-            unless they are traced, mapped over or about to be captured into a CUDA graph: then
-            they cannot be checked, and every negative one is the base.
-        size: K, of the bank.
+        ids: ``[n]`` integers, -1 for the base, else in ``[0, K)``. They are read in Python, unless
+            they are traced, mapped over or about to be captured into a CUDA graph: then they cannot
+            be checked, and every negative one is the base.
+        sizes: of each kind of adapter in the bank: the first ``sizes[0]`` ids are the first kind's,
+            and so on. Their sum is K.
         device: of the bank; where the ids go.
+
+    Returns:
+        One for each kind, for which the rows of other kinds are the base's.
 
     Raises:
         AdapterError: ids that are no integers, or out of range.
     """
-    if isinstance(ids, Rows):
-        return ids
     if not isinstance(ids, Tensor):
         ids = torch.tensor(_integers(ids), dtype=torch.int64)
     if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
@@ -67,22 +76,38 @@ def rows_of(ids: Sequence[int] | Tensor | Rows, size: int, device: torch.device 
             f"{list(ids.shape)}."
         )
     given = _concrete(ids)
-    ids = ids.to(device=device, dtype=torch.int64)
-    if given is None:
-        return Rows(ids.clamp(min=0), ids >= 0)
-    wrong = sorted({k for k in given if not BASE <= k < size})
+    wrong = sorted({k for k in given or () if not BASE <= k < sum(sizes)})
     if wrong:
         raise AdapterError(
-            f"ids {wrong[:8]} are not in this bank of {size} adapters: an id lies in [0, {size}), "
-            "or is -1 for the base."
+            f"ids {wrong[:8]} are not in this bank of {sum(sizes)} adapters: an id lies in "
+            f"[0, {sum(sizes)}), or is -1 for the base."
         )
-    live = ids >= 0 if min(given, default=0) < 0 else None
-    clamped = ids if live is None else ids.clamp(min=0)
+    ids = ids.to(device=device, dtype=torch.int64)
+    each, start = [], 0
+    for size in sizes:
+        stop = start + size
+        mine = ids - start if start else ids
+        if given is None:
+            live = ids >= 0 if len(sizes) == 1 else (ids >= start) & (ids < stop)
+            each.append(Rows(torch.where(live, mine, 0), live))
+        else:
+            each.append(_lay_out(mine, [start <= k < stop for k in given], size))
+        start = stop
+    return tuple(each)
+
+
+def _lay_out(ids: Tensor, live: Sequence[bool], size: int) -> Rows:
+    if not any(live):
+        return Rows()
+    mask = None if all(live) else torch.tensor(live, device=ids.device)
+    clamped = ids if mask is None else torch.where(mask, ids, 0)
     if ids.device.type != "cpu":
-        return Rows(clamped, live)
-    order = torch.argsort(ids, stable=True)[given.count(BASE) :]
-    counts = torch.bincount(ids[order], minlength=size)
-    return Rows(clamped, live, order, counts.cumsum(0).to(torch.int32))
+        return Rows(clamped, mask)
+    order = torch.argsort(clamped, stable=True)
+    if mask is not None:
+        order = order[mask[order]]
+    counts = torch.bincount(clamped[order], minlength=size)
+    return Rows(clamped, mask, order, counts.cumsum(0).to(torch.int32))
 
 
 def add_low_rank(
@@ -107,18 +132,17 @@ def add_low_rank(
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     if _grouped_pays(flat, A, B, rows):
         return _add_grouped(y, flat, A, B, rows, scaling, bias)
-    ids = rows.ids
-    h = torch.bmm(flat, A.index_select(0, ids).mT)
+    h = torch.bmm(flat, rows.pick(A).mT)
     if scaling != 1:
         h = h * scaling
-    of_rows = B.index_select(0, ids).mT
+    of_rows = rows.pick(B).mT
     out = y.reshape(y.shape[0], -1, y.shape[-1])
     if bias is None and out.dtype == h.dtype == of_rows.dtype:
         total = torch.baddbmm(out, h, of_rows)
     else:
         update = torch.bmm(h, of_rows)
         if bias is not None:
-            update = update + (bias * scaling).index_select(0, ids).unsqueeze(1)
+            update = update + rows.pick(bias * scaling).unsqueeze(1)
         total = out + update.to(out.dtype)
     return keep_base(total.reshape(y.shape), y, rows)
 
@@ -127,7 +151,7 @@ def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
     """``x_i R_k``, k the adapter of row i, for x ``[n, ..., in]`` and blocks ``[K, r, b, b]``, of
     which r may be 1."""
     size = blocks.shape[-1]
-    own = blocks.index_select(0, rows.ids)
+    own = rows.pick(blocks)
     split = x.reshape(x.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
     return torch.matmul(split, own).transpose(1, 2).reshape(x.shape)
 
@@ -153,8 +177,6 @@ def _add_grouped(
     assert ends is not None
     tokens = x.shape[1]
     ordered = x.index_select(0, order).flatten(0, 1)
-    if ordered.shape[0] == 0:
-        return y
     offs = ends * tokens
     h = torch._grouped_mm(ordered, A.mT, offs=offs)
     if scaling != 1:

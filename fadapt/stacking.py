@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fadapt.adapter import scale_by
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kinds import Kinds, stack_kinds, unstack_kinds
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
 from fadapt.targets import exact_pattern
@@ -62,7 +63,8 @@ def stack(
 
     Args:
         adapters: of one method, with equal paths and shapes; or, with ``methods``, LoRA adapters
-            whose ranks, alphas, targets and biases may differ.
+            whose ranks, alphas, targets and biases may differ; or adapters of several methods, for
+            a mixed batch alone.
         methods: one for each adapter. Ranks are then padded with zeros to the largest at each
             layer, and a layer that an adapter lacks is all zeros. Padding stays zero in training,
             without a mask: where A and B are both zero, so are their gradients.
@@ -71,11 +73,12 @@ def stack(
 
     Returns:
         The stack ``{path: parameters [K, ...]}``; with ``methods``, ``(stack, unit)``: bind with
-        ``unit``, and give it to :func:`unstack`.
+        ``unit``, and give it to :func:`unstack`. Of several methods it is a tuple of stacks and a
+        :class:`fadapt.kinds.Kinds`, for :func:`fadapt.bind_mixed`.
 
     Raises:
         AdapterError: shapes, dtypes or paths differ where they may not.
-        ConfigError: the methods are not all LoRA, or differ in dropout.
+        ConfigError: LoRA methods that differ in dropout.
 
     Example:
         >>> import torch, fadapt
@@ -97,11 +100,7 @@ def stack(
         )
     loras = [m for m in methods if type(m) is LoRA]
     if len(loras) != len(methods):
-        kinds = sorted({type(m).__name__ for m in methods})
-        raise ConfigError(
-            f"stack(methods=...) pads LoRA adapters; got {', '.join(kinds)}. Adapters of one "
-            "method with equal shapes are stacked without methods=."
-        )
+        return stack_kinds(adapters, methods, fold)
     if len({m.dropout for m in loras}) > 1:
         raise ConfigError(
             f"one forward has one dropout: these methods have {sorted({m.dropout for m in loras})}."
@@ -140,7 +139,7 @@ def stack(
     return _stack_equal(padded), unit
 
 
-def unstack(stacked: Adapter, unit: Method | None = None) -> list[dict[str, Any]]:
+def unstack(stacked: Any, unit: Any = None) -> list[dict[str, Any]]:
     """The adapters of a stack, one by one, as they went in.
 
     Args:
@@ -152,6 +151,8 @@ def unstack(stacked: Adapter, unit: Method | None = None) -> list[dict[str, Any]
     Raises:
         AdapterError: leading axes differ, or ``unit`` belongs to another stack.
     """
+    if isinstance(unit, Kinds):
+        return unstack_kinds(stacked, unit)
     leaves, spec = tree_flatten(dict(stacked))
     sizes = {leaf.shape[0] if leaf.dim() else -1 for leaf in leaves}
     if len(sizes) != 1 or -1 in sizes:

@@ -261,3 +261,63 @@ def test_a_llama_with_padding():
         start = int(6 - mask[i].sum())
         # float32 through two blocks: sums of up to 24 products in another order
         assert error(y[i, start:], alone[0, start:]) <= 1e-5
+
+
+def kinds_case():
+    model = nn.Sequential(dense(N_IN, 8), nn.Tanh(), dense(8, 8))
+    methods = [
+        fa.OFT(block_size=4),
+        fa.LoRA(rank=3, alpha=5, targets=["0"]),
+        fa.DoRA(rank=2, targets=["2"]),
+        fa.OFT(block_size=4),
+        fa.LoRA(rank=1, alpha=3, lora_bias=True),
+        fa.OFT(block_size=2, targets=["2"]),
+    ]
+    g = torch.Generator().manual_seed(0)
+    adapters = [randomized(fa.init(m, model, generator=g), s) for s, m in enumerate(methods)]
+    return model, methods, adapters
+
+
+@pytest.mark.parametrize("ids", [[5, 0, -1, 2, 1, 4, 3, 0], [1, 1], [-1]])
+def test_a_bank_of_several_methods(ids):
+    model, methods, adapters = kinds_case()
+    bank, kinds = fa.stack(adapters, methods=methods)
+    assert len(bank) == 4  # OFT of 4, LoRA, DoRA, OFT of 2
+    x = torch.randn(len(ids), 2, N_IN, generator=torch.Generator().manual_seed(1))
+    mixed = fa.bind_mixed(model, kinds)
+    forwards = [fa.bind(model, m) for m in methods]
+
+    def by_loop(adapters):
+        one = [forwards[k](adapters[k] if k >= 0 else None, x[i]) for i, k in enumerate(ids)]
+        return torch.stack(one)
+
+    eps = torch.finfo(torch.float32).eps  # 8 of them as bound(); a rotation is a product more
+    y = assert_pure(lambda: mixed(bank, ids, x), model, mixed, bank, x)
+    assert error(y, by_loop(adapters)) <= 16 * eps
+    traced = vmap(mixed, in_dims=(None, 0, None))(bank, torch.tensor([ids]), x)[0]
+    assert error(traced, by_loop(adapters)) <= 16 * eps
+    base = torch.tensor(ids) < 0
+    assert torch.equal(y[base], forwards[0](None, x)[base])
+    if len(set(ids)) == 7:
+        got = fa.unstack(grad(lambda b: mixed(b, ids, x).square().mean())(bank), kinds)
+        want = grad(lambda a: by_loop(a).square().mean())(adapters)
+        # unstack divides LoRA's B by its scaling; a gradient of the folded B is multiplied by it
+        for k in (0, 2, 3, 5):
+            assert error(got[k], want[k]) <= 32 * eps
+
+
+def test_a_bank_of_several_methods_comes_apart_and_checks_its_ids():
+    model, methods, adapters = kinds_case()
+    bank, kinds = fa.stack(adapters, methods=methods, fold=False)
+    back = fa.unstack(bank, kinds)
+    for one, adapter in zip(back, adapters, strict=True):
+        assert error(one, adapter) == 0
+    mixed = fa.bind_mixed(model, kinds)
+    for ids in ([6, 0], torch.tensor([6, 0]), [-2, 0]):
+        with pytest.raises(fa.errors.AdapterError, match="not in this bank of 6"):
+            mixed(bank, ids, torch.ones(2, N_IN))
+    with pytest.raises(fa.errors.AdapterError, match="of 4 kinds"):
+        mixed(bank[0], [0, 0], torch.ones(2, N_IN))
+    same, method = fa.stack([adapters[0], adapters[3]], methods=[methods[0], methods[3]])
+    assert method == methods[0]
+    assert same["0"].oft_R.shape[0] == 2
