@@ -16,9 +16,12 @@ def quantized(fmt=(2, 8, 8, 1), n_in=64, n_out=16, dtype=torch.float32, bias=Tru
     g = torch.Generator().manual_seed(0)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     layer.codes.data = torch.randint(low, high, layer.codes.shape, generator=g).to(layer.codes)
-    for p in (layer.codebooks, layer.scales, layer.bias):
-        if p is not None:
-            p.data = torch.randn(p.shape, generator=g).to(dtype)
+    # Weights and biases as large as those of a fresh nn.Linear, the scales all different.
+    layer.codebooks.data = torch.randn(layer.codebooks.shape, generator=g).to(dtype)
+    scales = 0.5 + torch.rand(layer.scales.shape, generator=g)
+    layer.scales.data = (scales / (3 * books * n_in) ** 0.5).to(dtype)
+    if bias:
+        layer.bias.data = (torch.randn(n_out, generator=g) / (3 * n_in) ** 0.5).to(dtype)
     return layer
 
 

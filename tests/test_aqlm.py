@@ -62,7 +62,7 @@ def test_a_layer_that_has_run(fmt, n_out):
     assert torch.equal(after.dequantize(), before.dequantize())
     x = torch.randn(2, n_in, generator=torch.Generator().manual_seed(1))
     # Sums of n_in float32 products, in another order.
-    torch.testing.assert_close(after.linear(x), layer(x), rtol=1e-5, atol=1e-5 * n_in)
+    torch.testing.assert_close(after.linear(x), layer(x), rtol=1e-5, atol=1e-5)
     # The base outlives the permutation: it keeps what it read.
     early = quantized(fmt, n_in, n_out)
     kept = fa.base_of(early)
@@ -82,7 +82,7 @@ def test_the_gradient_where_that_of_aqlm_is_wrong():
     assert gradcheck(base.linear, wide)
     (vendor,) = torch.autograd.grad(layer(x).sum(), x)
     # A note of the defect: if this fails, AQLM has repaired its backward.
-    assert (vendor[0] - exact).abs().max() > 0.1
+    assert (vendor[0] - exact).norm() > 0.5 * exact.norm()
 
 
 def test_out_groups_after_a_forward_that_is_wrong_in_aqlm():
@@ -165,6 +165,6 @@ def test_bind_over_a_model_of_aqlm_layers():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     y = assert_pure(lambda: forward(params, x), model, forward, params, x)
     # Against AQLM itself, which then permutes the model's codes; the bound forward is untouched.
-    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(forward(params, x), y)
     assert torch.equal(fa.bind(model, method)(params, x), y)

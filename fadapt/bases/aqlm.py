@@ -112,17 +112,17 @@ class Aqlm:
         """
         return requantize(self, weight, second_moment, rounds, beam)
 
-    def rows(self, which: slice) -> "Aqlm":
-        """The base of the output rows ``which``, sharing storage.
+    def rows(self, rows: slice) -> "Aqlm":
+        """The base of ``W[rows]`` and ``b[rows]``, views of this one's tensors.
 
         Raises:
             ConfigError: the slice cuts through a group of ``out_group_size`` rows.
         """
-        start, stop, step = which.indices(self.out_features)
+        start, stop, step = rows.indices(self.out_features)
         size = self.out_group_size
         if step != 1 or start % size or (stop % size):
             raise ConfigError(
-                f"rows({which}) of an AQLM base whose groups span {size} output rows: both ends "
+                f"rows({rows}) of an AQLM base whose groups span {size} output rows: both ends "
                 f"must be multiples of {size}, the step 1."
             )
         groups = slice(start // size, max(start, stop) // size)
@@ -173,10 +173,11 @@ def _blocks(x: Tensor, codes: Tensor, codebooks: Tensor) -> list[slice]:
     On a CPU in eager mode a run is short enough that its float weight stays in the cache between
     decoding and product; of many rows the product is long, and so may be the run.
     """
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x):
+        return [slice(0, codes.shape[0])]
     row = codes.shape[1] * codebooks[0, 0].numel() * x.element_size()
     limit = 2**19 if x.numel() // x.shape[-1] < 64 else 2**22
-    size = codes.shape[0] if whole else max(1, limit // row)
+    size = max(1, limit // row)
     return [slice(i, i + size) for i in range(0, codes.shape[0], size)]
 
 
