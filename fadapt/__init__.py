@@ -3,6 +3,7 @@
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
+from fadapt.combine import combine
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.gradients import value_and_grad
@@ -34,6 +35,7 @@ __all__ = [
     "base_of",
     "bind",
     "bind_mixed",
+    "combine",
     "count",
     "dropout_seeds",
     "fold",
