@@ -75,6 +75,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         CheckpointError: there is none that can be read.
     """
+    _check_folder(folder)
     with quiet():
         from transformers import AutoTokenizer
 

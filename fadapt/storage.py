@@ -3,8 +3,7 @@
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,25 +66,6 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], Any]:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a state of fadapt ({error}).") from error
-
-
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """A folder that ``write(folder)`` fills, in its place only once it is whole.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(beside, ignore_errors=True)
-        write(beside)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(beside, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}.") from error
 
 
 def _sync_folder(folder: Path) -> None:

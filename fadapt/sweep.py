@@ -6,11 +6,11 @@ Without arguments it runs on the model and the texts that ship with the package.
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fadapt.errors import ConfigError
+from fadapt.errors import CheckpointError, ConfigError
+from fadapt.peft import save_peft
 from fadapt.settings import Settings, add_settings, from_saved, given_settings
 
 RUNS = Path("runs")
@@ -41,7 +41,6 @@ def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:
 
     from fadapt import loop, report
     from fadapt.job import prepare
-    from fadapt.storage import write_folder
 
     console = Console()
     job = prepare(settings, load)
@@ -61,7 +60,8 @@ def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:
         )
         return 128 + stop.number
     for trial, params in zip(job.trials, job.apart(state.params), strict=True):
-        write_folder(out / "adapters" / trial.name, partial(_save, params, trial.method))
+        folder = out / "adapters" / trial.name if name == "sweep" else out / "adapter"
+        _save(folder, params, trial.method, job.model)
     rows = report.results(job, state, history, base)
     report.write_results(out / "results.json", rows, timing)
     report.draw(out / "loss.png", job, history, base)
@@ -170,15 +170,11 @@ def _bar(console: Any, job: Any) -> Iterator[Callable[..., None]]:
         yield tell
 
 
-def _save(params: Any, method: Any, folder: Path) -> None:
-    import fadapt
-
-    save = getattr(fadapt, "save_peft", None)
-    if save is not None:
-        save(folder, params, method)
-        return
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    tensors = {f"{p}.{n}": t for p, leaf in params.items() for n, t in leaf._asdict().items()}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "adapter.safetensors")
+def _save(folder: Path, params: Any, method: Any, model: Any) -> None:
+    try:
+        save_peft(folder, params, method, model)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {folder}: {error.strerror}. The state of the run is intact: make "
+            "room, and go on with --resume."
+        ) from error

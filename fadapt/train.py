@@ -4,11 +4,11 @@ It is a sweep of one trial, without the comparison.
 """
 
 import argparse
-import importlib
 from pathlib import Path
 from typing import Any
 
 from fadapt.errors import ConfigError
+from fadapt.peft import load_peft
 from fadapt.settings import Settings, add_settings, given_settings, single
 from fadapt.sweep import go, place, stopped
 
@@ -47,7 +47,4 @@ def _loader(start: str | None) -> Any:
     if start is None:
         return None
 
-    def load(model: Any) -> Any:
-        return importlib.import_module("fadapt.peft").load_peft(Path(start), model)
-
-    return load
+    return lambda model: load_peft(start, model)

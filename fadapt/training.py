@@ -155,21 +155,24 @@ def update(
     """
     norms = torch.linalg.vector_norm(grads, dim=1)
     training, finite = state.frozen < 0, losses.isfinite()
-    moves = (training & finite & norms.isfinite())[:, None]
+    moves = training & finite & norms.isfinite()
     grads = grads * (clip / norms.clamp(min=clip))[:, None]
-    first = torch.lerp(state.first, grads, 1 - BETA1)
-    second = state.second * BETA2 + grads * grads * (1 - BETA2)
     count = state.step + 1
-    root = (second / (1 - BETA2**count)).sqrt() + EPS
-    change = lrs[:, None] * (first / (1 - BETA1**count)) / root
-    moved = state.params * (1 - lrs * decay)[:, None] - change
+    first = torch.lerp(state.first, grads, 1 - BETA1)
+    second = (state.second * BETA2).addcmul_(grads, grads, value=1 - BETA2)
+    change = (second / (1 - BETA2**count)).sqrt_().add_(EPS).reciprocal_().mul_(first)
+    change *= (lrs / (1 - BETA1**count))[:, None]
+    moved = (state.params * (1 - lrs * decay)[:, None] if decay else state.params) - change
+    if moves.all():  # as nearly always: nothing to choose
+        return State(moved, first, second, state.params, state.frozen, count)
     good = torch.where((training & finite)[:, None], state.params, state.good)
+    kept = moves[:, None]
     return State(
-        torch.where(moves, moved, good),
-        torch.where(moves, first, state.first),
-        torch.where(moves, second, state.second),
+        torch.where(kept, moved, good),
+        torch.where(kept, first, state.first),
+        torch.where(kept, second, state.second),
         good,
-        torch.where(training & ~moves[:, 0], state.step, state.frozen),
+        torch.where(training & ~moves, state.step, state.frozen),
         count,
     )
 
