@@ -31,21 +31,31 @@ class Rows:
         live: boolean ``[n]``, False for a row of the base; None if there is no such row.
         order: int64 ``[m]``, the live rows sorted by adapter; None where ids could not be read.
         ends: int32 ``[K]``, where each adapter's rows end in ``order``; None as ``order``.
+        grid: ``ids`` as ``[K, n / K]`` where every adapter has as many rows, one after the other
+            in the bank's order, as in a training step; else None. Then no matrix is copied.
     """
 
     ids: Tensor | None = None
     live: Tensor | None = None
     order: Tensor | None = None
     ends: Tensor | None = None
+    grid: Tensor | None = None
+
+    def products(self, x: Tensor) -> int:
+        """How many matrices :meth:`pick` gives for x ``[n, ...]``: n, or K on a grid."""
+        return len(x if self.grid is None else self.grid)
 
     def pick(self, values: Tensor) -> Tensor:
-        """Each row's own of ``values [K, ...]``: ``[n, ...]``."""
+        """Each product's own of ``values [K, ...]``: ``[n, ...]``; on a grid ``values`` itself."""
+        if self.grid is not None:
+            return values
         assert self.ids is not None
         return values.index_select(0, self.ids)
 
     def take(self, values: Tensor, like: Tensor) -> Tensor:
         """Each row's own of ``values [K, d]``, as ``[n, 1, ..., d]`` to go with ``like``."""
-        own = self.pick(values)
+        assert self.ids is not None
+        own = values.index_select(0, self.ids)
         return own.reshape(own.shape[0], *[1] * (like.dim() - 2), own.shape[-1])
 
 
@@ -91,14 +101,18 @@ def rows_of(
             live = ids >= 0 if len(sizes) == 1 else (ids >= start) & (ids < stop)
             each.append(Rows(torch.where(live, mine, 0), live))
         else:
-            each.append(_lay_out(mine, [start <= k < stop for k in given], size))
+            each.append(_lay_out(mine, [k - start for k in given], size))
         start = stop
     return tuple(each)
 
 
-def _lay_out(ids: Tensor, live: Sequence[bool], size: int) -> Rows:
+def _lay_out(ids: Tensor, given: Sequence[int], size: int) -> Rows:
+    live = [0 <= k < size for k in given]
     if not any(live):
         return Rows()
+    each, rest = divmod(len(given), size)
+    if not rest and list(given) == [k for k in range(size) for _ in range(each)]:
+        return Rows(ids, grid=ids.reshape(size, each))
     mask = None if all(live) else torch.tensor(live, device=ids.device)
     clamped = ids if mask is None else torch.where(mask, ids, 0)
     if ids.device.type != "cpu":
@@ -129,14 +143,15 @@ def add_low_rank(
         scaling: of the update.
         bias: ``[K, out]`` or None.
     """
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
+    # [products, rows of each, in]: a product a row of the batch, or one an adapter.
+    flat = x.reshape(rows.products(x), -1, x.shape[-1])
     if _grouped_pays(flat, A, B, rows):
         return _add_grouped(y, flat, A, B, rows, scaling, bias)
     h = torch.bmm(flat, rows.pick(A).mT)
     if scaling != 1:
         h = h * scaling
     of_rows = rows.pick(B).mT
-    out = y.reshape(y.shape[0], -1, y.shape[-1])
+    out = y.reshape(len(flat), -1, y.shape[-1])
     if bias is None and out.dtype == h.dtype == of_rows.dtype:
         total = torch.baddbmm(out, h, of_rows)
     else:
@@ -152,7 +167,7 @@ def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
     which r may be 1."""
     size = blocks.shape[-1]
     own = rows.pick(blocks)
-    split = x.reshape(x.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
+    split = x.reshape(len(own), -1, x.shape[-1] // size, size).transpose(1, 2)
     return torch.matmul(split, own).transpose(1, 2).reshape(x.shape)
 
 

@@ -68,6 +68,32 @@ def test_gradients_of_the_bank_equal_the_loops(row, kind):
     assert error(got, want) <= 2 * bound(row)
 
 
+@pytest.mark.parametrize("ids", [[0, 0, 1, 1, 2, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("kind", ABLE, ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ["dense-f32", "int8-row-bf16"])
+def test_a_training_batch_copies_no_matrix(name, kind, ids):
+    c = make(next(b for b in BASES if b.name == name), kind)
+    mixed, x = fa.bind_mixed(c.model, c.method), batch(c.row)[: len(ids)]
+    (rows,) = mixed.rows(ids, c.many)
+    assert rows.grid.tolist() == [[k] * (len(ids) // 3) for k in range(3)]
+    assert rows.pick(c.xs) is c.xs
+
+    def loss(p, run):
+        return run(p).float().square().sum()
+
+    each = len(ids) // 3
+    ys, grads = zip(
+        *[
+            (c.forward(p, xs), grad(loss)(p, lambda p, xs=xs: c.forward(p, xs)))
+            for p, xs in zip(fa.unstack(c.many), x.split(each), strict=True)
+        ],
+        strict=True,
+    )
+    assert error(mixed(c.many, (rows,), x), torch.cat(ys)) <= bound(c.row)
+    _, got = fa.value_and_grad(loss)(c.many, lambda bank: mixed(bank, ids, x))
+    assert error(got, fa.stack(grads)) <= 2 * bound(c.row)
+
+
 LORA = fa.LoRA(rank=4, alpha=6)
 
 
