@@ -1,6 +1,7 @@
 """Functional, stateless adapters for PyTorch, over dense and quantized bases."""
 
 from fadapt.adapter import count, fold, init, scale_by
+from fadapt.bank import Bank
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
 from fadapt.combine import combine
@@ -17,6 +18,7 @@ from fadapt.stacking import StackedLoRA, stack, unstack
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bank",
     "Base",
     "Dense",
     "DoRA",

@@ -215,8 +215,7 @@ def _grouped_pays(x: Tensor, A: Tensor, B: Tensor, rows: Rows) -> bool:
         and x.shape[1] < FEW_TOKENS
         and A.dtype == torch.float32 == x.dtype
         # _grouped_mm wants rows of 16 bytes.
-        and A.is_contiguous()
-        and B.is_contiguous()
+        and all(m.stride(-1) == 1 and m.stride(-2) % 4 == m.stride(0) % 4 == 0 for m in (A, B))
         and all(size % 4 == 0 for size in (A.shape[-1], A.shape[-2], B.shape[-2]))
         and not torch.is_autocast_enabled("cpu")
     )
