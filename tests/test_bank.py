@@ -166,7 +166,7 @@ def test_several_methods_and_prepared_once():
         (lambda m, b: add(m, b, fa.LoRA(rank=2), "base"), "AdapterError", "cannot be called"),
         (lambda m, b: add(m, b, fa.LoRA(rank=5)), "AdapterError", "rank 5, the bank room for 4"),
         (lambda m, b: add(m, b, fa.LoRA(lora_bias=True, rank=1)), "AdapterError", "lora_bias=True"),
-        (lambda m, b: add(m, b, fa.OFT(block_size=4)), "AdapterError", "is OFT, and the place is for LoRA"),
+        (lambda m, b: add(m, b, fa.OFT(block_size=4)), "AdapterError", "it is OFT, and the place"),
         (lambda m, b: b.add("x", {"1": make(m, fa.LoRA(rank=1), 0)["0"]}, fa.LoRA(rank=1)),
          "AdapterError", r"layers '1' are not among the 2"),
         (lambda m, b: fa.Bank.of(m, fa.LoRA(), capacity=0), "ConfigError", "capacity"),
