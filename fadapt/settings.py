@@ -4,7 +4,7 @@ configuration file, and what a resumed run must have in common with the one that
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ COUNT, SEED = _number(int, 1), _number(int, 0)
 POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
 SHARE = _number(float, 0, 1)
 BASES = ("int8", "dense")  # fadapt.models.QUANTIZERS has one entry for each
+METHODS = ("lora", "dora", "oft")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -59,12 +60,14 @@ class Settings:
         "of activations: auto is bfloat16 on a GPU and float32 on a CPU",
         choices=DTYPES,
     )
+    method: str = _setting("lora", str, "how an adapter changes a layer", choices=METHODS)
     lr: tuple[float, ...] = _setting((2e-3, 6e-3), POSITIVE, "learning rate")
     rank: tuple[int, ...] = _setting((8, 16), COUNT, "rank")
     alpha: tuple[float, ...] = _setting((16.0,), POSITIVE, "the update is scaled by alpha / rank")
     targets: tuple[str, ...] = _setting(
         ("all-linear",), str, "all-linear, names as q_proj,v_proj, or a regular expression"
     )
+    block_size: int = _setting(32, COUNT, "of OFT's rotations, in place of rank and alpha")
     seed: tuple[int, ...] = _setting((0,), SEED, "of the first weights and the order of the text")
     steps: int = _setting(300, COUNT, "optimiser steps")
     epochs: float | None = _setting(
@@ -142,6 +145,10 @@ def given_settings(arguments: argparse.Namespace, one: bool = False) -> dict[str
     flags = {k: v for k, v in vars(arguments).items() if k != "config"}
     values = read_config(Path(arguments.config), one) if "config" in arguments else {}
     values |= {k: _as_axis(k, v) for k, v in flags.items()}
+    if values.get("method") == "oft" and {"rank", "alpha"} & values.keys():
+        raise ConfigError("--method oft has a --block-size, no rank and no alpha.")
+    if values.get("method", "lora") != "oft" and "block_size" in values:
+        raise ConfigError("--block-size is for --method oft.")
     if "steps" in values and "epochs" in values:
         raise ConfigError("steps and epochs were both given: they set the same thing.")
     return values
@@ -240,8 +247,29 @@ def _show(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def single(given: Mapping[str, Any]) -> Settings:
-    """The settings of one trial: of each axis that was not given, the first default."""
+def of_one(settings: Settings, axes: Iterable[str] | None = None) -> Settings:
+    """The same with only the first value of these axes, or of all."""
+    values = vars(settings).items()
+    first: dict[str, Any] = {
+        k: v[:1] for k, v in values if isinstance(v, tuple) and (axes is None or k in axes)
+    }
+    return replace(settings, **first)
+
+
+def of_many(given: Mapping[str, Any]) -> Settings:
+    """The settings of a sweep.
+
+    Raises:
+        ConfigError: the adapters would differ in what this method's stacks cannot.
+    """
     settings = Settings(**given)
-    axes: dict[str, Any] = {k: v[:1] for k, v in vars(settings).items() if isinstance(v, tuple)}
-    return replace(settings, **axes)
+    if settings.method == "lora":
+        return settings
+    ragged = ("rank", "alpha", "targets")  # padding and scaling as data are for LoRA alone
+    odd = [k for k in ragged if len(given.get(k, ())) > 1]
+    if odd:
+        raise ConfigError(
+            f"--{odd[0]} {_show(given[odd[0]])}: adapters of --method {settings.method} that "
+            "train at once may differ in text, learning rate and seed alone."
+        )
+    return of_one(settings, ragged)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fadapt.errors import CheckpointError, ConfigError
 from fadapt.peft import save_peft
-from fadapt.settings import Settings, add_settings, from_saved, given_settings
+from fadapt.settings import Settings, add_settings, from_saved, given_settings, of_many
 
 RUNS = Path("runs")
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the sweep; returns the exit code."""
     given = given_settings(arguments)
     out = place(given, "sweep")
-    return go(stopped(given, out) if given.get("resume") else Settings(**given), out, "sweep")
+    return go(stopped(given, out) if given.get("resume") else of_many(given), out, "sweep")
 
 
 def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fadapt.errors import ConfigError
 from fadapt.peft import load_peft
-from fadapt.settings import Settings, add_settings, given_settings, single
+from fadapt.settings import Settings, add_settings, given_settings, of_one
 from fadapt.sweep import go, place, stopped
 
 SHIPPED_TEXT = str(Path(__file__).parent / "data" / "texts" / "python.txt")
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     if given.get("resume"):
         settings = stopped(given, out)
     else:
-        settings = single({"data": SHIPPED_TEXT} | given)
+        settings = of_one(Settings(**{"data": SHIPPED_TEXT} | given))
         _check(settings, given)
     return go(settings, out, "train", _loader(settings.start))
 
@@ -38,7 +38,11 @@ def _check(settings: Settings, given: dict[str, Any]) -> None:
             f"--data {settings.data}: one adapter is trained on one file; fadapt sweep trains an "
             "adapter for each file of a folder."
         )
-    told = [f"--{k}" for k in ("rank", "alpha", "targets") if k in given]
+    told = [
+        f"--{k.replace('_', '-')}"
+        for k in ("method", "rank", "alpha", "block_size", "targets")
+        if k in given
+    ]
     if settings.start is not None and told:
         raise ConfigError(f"{', '.join(told)}: the adapter in {settings.start} has its own.")
 

@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from fadapt.dora import DoRA
 from fadapt.lora import LoRA
+from fadapt.oft import OFT
 from fadapt.settings import Settings
 
 
@@ -46,11 +48,16 @@ def grid(settings: Settings, data: Sequence[str]) -> list[Trial]:
             (settings.seed, f"s{seed}"),
         ]
         name = "-".join(part for axis, part in parts if len(axis) > 1) or "adapter"
-        method = LoRA(
-            rank=rank, alpha=alpha, targets=parse_targets(targets), dropout=settings.dropout
-        )
+        method = _method(settings, rank, alpha, parse_targets(targets))
         trials.append(Trial(name, text, lr, seed, method))
     return trials
+
+
+def _method(settings: Settings, rank: int, alpha: float, targets: str | list[str]) -> Any:
+    if settings.method == "oft":
+        return OFT(block_size=settings.block_size, targets=targets, dropout=settings.dropout)
+    kind = {"lora": LoRA, "dora": DoRA}[settings.method]
+    return kind(rank=rank, alpha=alpha, targets=targets, dropout=settings.dropout)
 
 
 def parse_targets(text: str) -> str | list[str]:

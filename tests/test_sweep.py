@@ -196,6 +196,9 @@ def test_saved_adapters_are_what_peft_loads_with_the_loss_that_the_table_tells(p
         (("--targets", "q_prj"), "Near misses: 'q_proj'"),
         (("--length", "65"), "--length 65: this model reads at most 64 tokens."),
         (("--device", "nonsense"), "--device nonsense:"),
+        (("--method", "oft", "--rank", "2"), "--method oft has a --block-size, no rank"),
+        (("--block-size", "4"), "--block-size is for --method oft"),
+        (("--method", "dora", "--rank", "2", "3"), "--rank 2 3: adapters of --method dora"),
         (("--steps", "3", "--epochs", "2"), "steps and epochs were both given"),
         (("--config", "no.json"), "--config no.json: "),
         (("--config", "typo.yaml"), "unknown setting 'rnak'. Near misses: 'rank'"),
@@ -306,3 +309,27 @@ def test_train_resumes_like_a_sweep(paths, tmp_path):
     assert cli.main(["train", "--resume", "--out", str(cut)]) == 0
     name = "adapter/adapter_model.safetensors"
     assert (whole / name).read_bytes() == (cut / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["dora", "oft"])
+def test_other_methods_train_at_once_as_well_and_go_on_from_their_folders(paths, tmp_path, method):
+    out, more = tmp_path / "many", ("--method", method, "--lr", "0.01", "0.02", "--steps", "20")
+    given = flags(paths, out, *more)
+    at = given.index("--rank")
+    size = ("--block-size", "4") if method == "oft" else ("--rank", "2")
+    assert cli.main([*given[:at], *size, *given[at + 3 :]]) == 0
+    rows = {r["name"]: r for r in json.loads((out / "results.json").read_text())["adapters"]}
+    best = rows["words-lr0.02"]
+    assert best["held_out_loss"] < best["base_loss"] - 0.1
+    # One alone, without vmap: the same loss.
+    start = ["train", "--model", str(paths[0]), "--data", str(paths[1] / "words.jsonl")]
+    start += ["--length", "16", "--steps", "20", "--lr", "0.02"]
+    alone = tmp_path / "alone"
+    assert cli.main([*start, "--method", method, *size, "--out", str(alone)]) == 0
+    (one,) = json.loads((alone / "results.json").read_text())["adapters"]
+    # Float32 in another order, through twenty steps of Adam.
+    assert one["held_out_loss"] == pytest.approx(best["held_out_loss"], rel=1e-3)
+    again = tmp_path / "again"
+    assert cli.main([*start, "--from", str(alone / "adapter"), "--out", str(again)]) == 0
+    (further,) = json.loads((again / "results.json").read_text())["adapters"]
+    assert further["held_out_loss"] < one["held_out_loss"]
