@@ -4,11 +4,13 @@ from fadapt.adapter import count, fold, init, scale_by
 from fadapt.bank import Bank
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
+from fadapt.calibration import calibrate
 from fadapt.combine import combine
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.merging import merge, merged_model, unmerge
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
 from fadapt.peft import load_peft, save_peft
@@ -38,15 +40,19 @@ __all__ = [
     "bind",
     "bind_mixed",
     "combine",
+    "calibrate",
     "count",
     "dropout_seeds",
     "fold",
     "init",
     "load_peft",
+    "merge",
+    "merged_model",
     "register_base",
     "save_peft",
     "scale_by",
     "stack",
+    "unmerge",
     "unstack",
     "value_and_grad",
 ]

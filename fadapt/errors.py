@@ -32,6 +32,10 @@ class CheckpointError(FadaptError, ValueError):
     """A checkpoint folder that cannot be read as it stands, or a key that nothing claims."""
 
 
+class MergeError(FadaptError, ValueError):
+    """A merge whose result would not be what was asked for: NaN, overflow, a delta that is lost."""
+
+
 class FrozenBaseError(FadaptError, RuntimeError):
     """A gradient was asked for with respect to a frozen base."""
 

@@ -1,5 +1,6 @@
 """A dense base: the weight is a plain floating-point tensor."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fadapt._pytree import frozen_pytree
+from fadapt.bases.grid import Grid
 from fadapt.bases.op import FrozenLinear
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import Base, register_weight
@@ -64,6 +66,15 @@ class Dense:
         """The same with another W ``[out, in]``, rounded to this base's dtype."""
         check_weight_shape(self, weight)
         return replace(self, weight=weight.to(self.dtype))
+
+    def grid(self) -> Grid:
+        return Grid(self.weight.new_ones(1, 1), None, self.dtype, -math.inf, math.inf, None)
+
+    def codes(self) -> Tensor:
+        return self.weight
+
+    def on_grid(self, grid: Grid, codes: Tensor) -> "Dense":
+        return replace(self, weight=codes)
 
     def rows(self, rows: slice) -> "Dense":
         """The base of ``W[rows]`` and ``b[rows]``, views of this one's tensors."""

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8Tensor
+from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quant_primitives import MappingType
+from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
+from torchao.quantization.utils import get_block_size
 
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.dense import check_weight_shape
+from fadapt.bases.grid import Grid, requantize
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
-from fadapt.bases.protocol import register_weight
+from fadapt.bases.protocol import Base, register_weight
 from fadapt.errors import UnsupportedLayerError
 
 
@@ -117,34 +120,30 @@ class Int8:
         """W ``[out, in]``, bit for bit torchao's ``Int8Tensor.dequantize``."""
         return _dequantize(self.qdata, self.scale, self.zero_point, dtype or self.dtype)
 
-    def requantize(self, weight: Tensor) -> "Int8":
+    def requantize(self, weight: Tensor, scales: str = "auto") -> "Int8":
         """W ``[out, in]`` on this base's grid, or on a wider one where it does not fit.
 
-        A block's scale is kept while the block fits its range, so that requantizing an unchanged
-        weight gives back the same bytes (fresh symmetric scales would shrink by 0.4 % a pass). A
-        block that does not fit gets the symmetric scale amax / 127.5 that torchao gives.
+        Args:
+            weight: floating ``[out, in]``.
+            scales: ``"auto"`` keeps a block's scale while the block fits its range, so that
+                requantizing an unchanged weight gives back the same bytes (fresh symmetric scales
+                would shrink by 0.4 % a pass); a block that does not fit gets the scale that torchao
+                gives, amax / 127.5. ``"fresh"`` gives it to every block; ``"keep"`` to none, and
+                what does not fit saturates.
         """
         check_weight_shape(self, weight)
+        base: Int8 = requantize(self, weight, scales)
+        return base
+
+    def grid(self) -> Grid:
         low, high = (-64, 63) if self.settings[1] else (-128, 127)
-        blocks = _blocks(weight.float(), self.scale)
-        scale = self.scale.float().unsqueeze(-1)
-        zero = 0.0 if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
-        steps = (blocks / scale).round() + zero
-        fits = ((steps >= low) & (steps <= high)).all(-1, keepdim=True)
-        amax = blocks.abs().amax(-1, keepdim=True)
-        eps = torch.finfo(torch.float32).eps
-        fresh = (amax / ((high - low) / 2)).clamp(min=eps)
-        scale = torch.where(fits, scale, fresh)
-        zero = torch.where(fits, zero, 0.0)
-        qdata = ((blocks / scale).round() + zero).clamp(low, high).to(torch.int8)
-        return replace(
-            self,
-            qdata=qdata.reshape(self.qdata.shape),
-            scale=scale.squeeze(-1).to(self.scale.dtype),
-            zero_point=None
-            if self.zero_point is None
-            else zero.squeeze(-1).to(self.zero_point.dtype),
-        )
+        return Grid(self.scale, self.zero_point, torch.int8, low, high, (high - low) / 2)
+
+    def codes(self) -> Tensor:
+        return self.qdata
+
+    def on_grid(self, grid: Grid, codes: Tensor) -> "Int8":
+        return replace(self, qdata=codes, scale=grid.scale, zero_point=grid.zero)
 
     def rows(self, rows: slice) -> "Int8":
         """The base of ``W[rows]`` and ``b[rows]``, views of this one's tensors."""
@@ -178,6 +177,22 @@ class Int8:
             reduce_range=reduce_range,
         )
         return {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
+
+
+def empty_int8(like: Base, granularity: Any, dynamic: bool) -> Int8:
+    """A base of the shape of ``like``, as ``quantize_`` of torchao makes it; codes not written."""
+    shape = (like.out_features, like.in_features)
+    rows, columns = get_block_size(shape, granularity)
+    kwargs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None
+    scale = torch.ones(shape[0] // rows, shape[1] // columns, device=like.device)
+    return Int8(
+        qdata=torch.empty(shape, dtype=torch.int8, device=like.device),
+        scale=scale,
+        block_size=(rows, columns),
+        dtype=like.dtype,
+        activation=None if kwargs is None else _activation(kwargs),
+        settings=(kwargs, False),
+    )
 
 
 def _blocks(values: Tensor, scale: Tensor) -> Tensor:
@@ -304,21 +319,23 @@ def _dynamic(
 _op = FrozenLinear(_multiply, _transposed, rounded=_dynamic, n_aux=3)
 
 
+def _activation(kwargs: Any) -> Activation:
+    low, high = (-64, 63) if kwargs.reduce_range else (-128, 127)
+    return Activation(
+        per_row=type(kwargs.granularity).__name__ == "PerRow",
+        asymmetric=kwargs.mapping_type == MappingType.ASYMMETRIC,
+        quant_min=low,
+        quant_max=high,
+    )
+
+
 def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
     if weight.dim() != 2:
         raise UnsupportedLayerError(
             f"An Int8Tensor of shape {tuple(weight.shape)}; fadapt adapts linears, [out, in]."
         )
     kwargs = weight.act_quant_kwargs
-    activation = None
-    if kwargs is not None:
-        low, high = (-64, 63) if kwargs.reduce_range else (-128, 127)
-        activation = Activation(
-            per_row=type(kwargs.granularity).__name__ == "PerRow",
-            asymmetric=kwargs.mapping_type == MappingType.ASYMMETRIC,
-            quant_min=low,
-            quant_max=high,
-        )
+    activation = None if kwargs is None else _activation(kwargs)
     zero, bias = weight.zero_point, module.bias
     if zero is not None and not bool(zero.any()):
         zero = None  # symmetric: torchao stores zeros, and skipping them saves a pass over W

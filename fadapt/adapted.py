@@ -1,0 +1,104 @@
+"""A base under adapters, one after the other, as a base whose weight is the merged one."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """One adapter of one layer: the method as it stands there, and what it prepared."""
+
+    method: Any
+    params: Any
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """``W`` with ``steps`` merged into it, computed where it is asked for, by rows.
+
+    It has what a method reads of a base, so that the second adapter of a layer can be prepared on
+    the weight that the first one made.
+
+    Attributes:
+        base: the frozen layer, some rows of it.
+        steps: in the order in which they are merged.
+        start: which row of the whole layer is ``base``'s first.
+    """
+
+    base: Any
+    steps: tuple[Step, ...] = ()
+    start: int = 0
+
+    @property
+    def in_features(self) -> int:
+        """As the base's."""
+        return self.base.in_features  # type: ignore[no-any-return]
+
+    @property
+    def out_features(self) -> int:
+        """As the base's."""
+        return self.base.out_features  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the base's."""
+        return self.base.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """As the base's."""
+        return self.base.device  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``, the steps' own added; or None."""
+        bias: Tensor | None = self.base.bias
+        for method, params in self.steps:
+            bias = method.merge_bias(bias, params)
+        return bias
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The merged rows ``[rows, in]``, in float32 at least."""
+        kind = torch.promote_types(dtype or self.dtype, torch.float32)
+        weight: Tensor = self.base.dequantize(kind)
+        where = slice(self.start, self.start + self.out_features)
+        for method, params in self.steps:
+            weight = method.merge(weight, params, where)
+        return weight.to(kind)
+
+    def rows(self, rows: slice) -> "Adapted":
+        """Some of the rows."""
+        start, _, _ = rows.indices(self.out_features)
+        return replace(self, base=self.base.rows(rows), start=self.start + start)
+
+    def then(self, method: Any, params: Any, path: str) -> "Adapted":
+        """With one more adapter, checked and prepared on the weight so far."""
+        base: Any = self
+        method.check(base, params, path)
+        ready = method.prepare({path: params}, {path: base})[path]
+        return replace(self, steps=(*self.steps, Step(method, ready)))
+
+
+def unmerged(weight: Tensor, steps: Sequence[Step], rows: slice) -> Tensor:
+    """Rows of W from the same rows of the merged weight: each step undone, the last one first."""
+    for method, params in reversed(steps):
+        weight = method.unmerge(weight, params, rows)
+    return weight
+
+
+def unmerged_bias(bias: Tensor | None, steps: Sequence[Step]) -> Tensor | None:
+    """The same for the bias."""
+    for method, params in reversed(steps):
+        bias = method.unmerge_bias(bias, params)
+    return bias
+
+
+def row_blocks(base: Any, limit: int = 2**18) -> Iterator[slice]:
+    """Slices of output rows of at most ``limit`` float32 bytes, in whole groups of rows."""
+    group = getattr(base, "out_group_size", 1)
+    count = max(1, limit // (4 * base.in_features * group)) * group
+    for start in range(0, base.out_features, count):
+        yield slice(start, min(start + count, base.out_features))

@@ -1,0 +1,179 @@
+"""One layer: the merged weight, rounded to a format, a block of rows at a time.
+
+What is held beyond the output is a few blocks in float32, never W whole.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fadapt.adapted import Adapted, row_blocks
+from fadapt.bases.grid import Grid, Gridded
+from fadapt.errors import MergeError
+from fadapt.rounding import (
+    FACTORS,
+    Rounding,
+    feedback,
+    feedback_factor,
+    search_errors,
+    stochastic,
+)
+
+
+class Merged(NamedTuple):
+    """One layer, merged.
+
+    Attributes:
+        base: of the target's format.
+        saturated: elements that lay beyond the ends of their grid.
+        kept: the share of the scales that are the target's own; 1.0 where there are none.
+    """
+
+    base: Any
+    saturated: int = 0
+    kept: float = 1.0
+
+
+def merge_layer(
+    adapted: Adapted,
+    path: str,
+    rounding: Rounding,
+    *,
+    like: Any = None,
+    scales: str = "auto",
+    safe: bool = True,
+) -> Merged:
+    """The merged weight of ``adapted`` in the format of ``like``; its own base's, if that is None.
+
+    Args:
+        adapted: a base and its adapters.
+        path: of the layer, for messages.
+        rounding: how.
+        like: a base of the wanted format and shape; its bias and contents do not matter.
+        scales: see :meth:`fadapt.bases.grid.Grid.choose`.
+        safe: check that the result is finite.
+
+    Raises:
+        MergeError: with ``safe``, NaN or Inf in the result.
+    """
+    like = adapted.base if like is None else like
+    if not isinstance(like, Gridded):
+        raise MergeError(
+            f"layer {path!r}: a {type(like).__name__} has no grid to round to; name another "
+            "format with to=."
+        )
+    whole, moment = like.grid(), rounding.moment(path, adapted.in_features)
+    factor = None
+    if rounding.kind == "feedback" and moment is not None:
+        factor = feedback_factor(moment, torch.promote_types(adapted.dtype, torch.float32))
+    # feedback walks over the columns of each block: fewer blocks, fewer walks.
+    blocks = list(row_blocks(adapted, 2**18 if factor is None else 2**22))
+    shared = None
+    if whole.tall and whole.span is not None:
+        shared = _shared(adapted, path, like, blocks, rounding, moment, scales, safe)
+    scale, zero = whole.scale.clone(), None if whole.zero is None else whole.zero.clone()
+    codes = torch.empty_like(like.codes())
+    saturated = 0
+    for rows, weight in _weights(adapted, blocks):
+        grid = shared
+        if grid is None:
+            grid = _at(whole, rows)
+            low, high = grid.extent(weight)
+            _check_finite(low, high, rows, path, safe)
+            grid = grid.choose(low, high, scales)
+            if rounding.kind == "search" and grid.span is not None:
+                grid = _searched([weight], grid, moment)
+            if not grid.tall:
+                scale[rows] = grid.scale
+                if zero is not None and grid.zero is not None:
+                    zero[rows] = grid.zero
+        saturated += grid.saturated(weight)
+        if factor is not None:
+            codes[rows] = feedback(grid, weight, factor)
+        elif rounding.kind == "stochastic" and rounding.generator is not None:
+            codes[rows] = stochastic(grid, weight, rounding.generator)
+        else:
+            codes[rows] = grid.nearest(weight)
+        if safe and grid.span is None and not bool(codes[rows].isfinite().all()):
+            raise MergeError(
+                f"layer {path!r}: the merged weight overflows {codes.dtype}: its largest element "
+                f"is {weight.abs().max():.3g}. Merge into a wider format (to='float32'), or find "
+                "out what made the adapter so large."
+            )
+    if shared is not None:
+        scale, zero = shared.scale, shared.zero
+    kept = float((scale == whole.scale).float().mean())
+    base = like.on_grid(replace(whole, scale=scale, zero=zero), codes)
+    return Merged(with_bias(base, adapted.bias), saturated, kept)
+
+
+def with_bias(base: Any, bias: Tensor | None) -> Any:
+    """``base`` with this bias, in its own bias's dtype; its other tensors are shared."""
+    if bias is None or bias is base.bias:
+        return base if bias is base.bias else replace(base, bias=None)
+    return replace(base, bias=bias.to(base.dtype if base.bias is None else base.bias.dtype))
+
+
+def _weights(adapted: Adapted, blocks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    for rows in blocks:
+        yield rows, adapted.rows(rows).dequantize()
+
+
+def _shared(
+    adapted: Adapted,
+    path: str,
+    like: Any,
+    blocks: list[slice],
+    rounding: Rounding,
+    moment: Tensor | None,
+    scales: str,
+    safe: bool,
+) -> Grid:
+    """The grid of a format with one scale for all rows, which a pass over them chooses."""
+    grid: Grid = like.grid()
+    lows, highs = [], []
+    for rows, weight in _weights(adapted, blocks):
+        low, high = grid.extent(weight)
+        _check_finite(low, high, rows, path, safe)
+        lows.append(low)
+        highs.append(high)
+    low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+    grid = grid.choose(low, high, scales)
+    if rounding.kind != "search":
+        return grid
+    return _searched((w for _, w in _weights(adapted, blocks)), grid, moment)
+
+
+def _searched(weights: Any, grid: Grid, moment: Tensor | None) -> Grid:
+    """Each block's best scale: of the one it has, and that times each of FACTORS."""
+    candidates = [grid, *(grid.shrunk(f) for f in FACTORS)]
+    errors: list[Any] = [0.0 for _ in candidates]
+    for weight in weights:
+        errors = [
+            total + search_errors(one, weight, moment)
+            for total, one in zip(errors, candidates, strict=True)
+        ]
+    best, chosen = errors[0], grid
+    for error, one in zip(errors[1:], candidates[1:], strict=True):
+        better = error < best
+        best, chosen = torch.where(better, error, best), chosen.picked(better, one)
+    return chosen
+
+
+def _at(grid: Grid, rows: slice) -> Grid:
+    if grid.tall:
+        return grid
+    zero = None if grid.zero is None else grid.zero[rows]
+    return replace(grid, scale=grid.scale[rows], zero=zero)
+
+
+def _check_finite(low: Tensor, high: Tensor, rows: slice, path: str, safe: bool) -> None:
+    if safe and not bool(low.isfinite().all() and high.isfinite().all()):
+        raise MergeError(
+            f"layer {path!r}: the merged weight holds NaN or Inf (first seen from row "
+            f"{rows.start} on). Nothing was written. Look at the adapter and at the base; "
+            "safe=False merges all the same."
+        )

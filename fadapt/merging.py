@@ -1,0 +1,242 @@
+"""Merging adapters into the weights of their base, and back: pure functions that return new ones.
+
+Each layer is dequantized, adapted and rounded once, by blocks of rows, to the format that it had;
+the format is read off the layer, and so no configuration is needed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fadapt.adapted import Adapted, unmerged, unmerged_bias
+from fadapt.bases import Base
+from fadapt.errors import ConfigError, MergeError
+from fadapt.formats import like_named, put, rebuilt
+from fadapt.functional import join, share
+from fadapt.layer_merge import Merged, merge_layer
+from fadapt.plan import Plan, check_untied, plan
+from fadapt.rounding import Rounding
+from fadapt.undo import record, restore
+
+Progress = Callable[[str, int, int], Any]
+
+
+class Layer(NamedTuple):
+    """One layer of a merge: what it was, and what it became."""
+
+    path: str
+    adapted: Adapted
+    merged: Merged
+
+    @property
+    def base(self) -> Base:
+        """What it was."""
+        return self.adapted.base  # type: ignore[no-any-return]
+
+
+def merge(model: nn.Module, params: Any, method: Any, *, undo: bool = False, **options: Any) -> Any:
+    """The weights of ``model`` with the adapter in them, in the formats that they had.
+
+    ``W' = round(merge(dequantize(W)))``, one rounding a layer, whatever number of adapters.
+
+    Args:
+        model: only read; nothing in it changes.
+        params: an adapter; or several, merged in that order.
+        method: its method; or as many.
+        undo: also return the record that :func:`unmerge` takes to come back bit for bit.
+        **options: how to round, see :func:`merge_layers`.
+
+    Returns:
+        ``{name: tensor}`` of the merged layers, for ``functional_call(model, state, x)``: an int8
+        layer's ``weight`` is again an ``Int8Tensor`` of the same granularity. With ``undo``, that
+        and ``{path: {name: tensor}}``.
+
+    Raises:
+        AdapterError: an adapter that does not fit, or holds NaN or Inf.
+        MergeError: the result would hold NaN or Inf; a tied weight; a format that would lose the
+            adapter.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model, method = torch.nn.Linear(4, 3), fadapt.LoRA(rank=2, init="orthogonal")
+        >>> params = fadapt.init(method, model, generator=torch.Generator().manual_seed(0))
+        >>> state, x = fadapt.merge(model, params, method), torch.ones(2, 4)
+        >>> y = torch.func.functional_call(model, state, (x,))
+        >>> torch.allclose(y, fadapt.bind(model, method)(params, x), atol=1e-6)
+        True
+    """
+    todo = plan(model, params, method, options.get("safe", True))
+    check_untied(model, list(todo.bases))
+    state, back = dict(todo.saved), {}
+    for path, adapted, merged in merge_layers(todo, **options):
+        layer = model.get_submodule(path)
+        if type(merged.base) is not type(adapted.base) and not isinstance(layer, nn.Linear):
+            raise MergeError(
+                f"layer {path!r}: a {type(layer).__name__} cannot hold a weight of another format. "
+                "fadapt.merged_model puts a fitting layer in its place."
+            )
+        state |= {join(path, name): t for name, t in _named(layer, merged.base).items()}
+        if undo:
+            back[path] = _record(todo, adapted, merged, path)
+    return (state, back) if undo else state
+
+
+def merged_model(
+    model: nn.Module, params: Any, method: Any, *, undo: bool = False, **options: Any
+) -> Any:
+    """A new model of the same kind with the adapter in its weights: the vendors' own layers.
+
+    Tensors that no adapter changes are shared with ``model``; merged layers have their own, also
+    where they were tied to another module.
+
+    Args:
+        model, params, method, undo, **options: as :func:`merge`.
+
+    Returns:
+        The model; with ``undo`` also the record.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model, method = torch.nn.Linear(4, 3), fadapt.LoRA(rank=2, init="orthogonal")
+        >>> params = fadapt.init(method, model, generator=torch.Generator().manual_seed(0))
+        >>> type(fadapt.merged_model(model, params, method)).__name__
+        'Linear'
+    """
+    todo = plan(model, params, method, options.get("safe", True))
+    shell, back = share(model, {}), {}
+    names = {id(m): path for path, m in shell.named_modules()}
+    aliases: dict[str, list[str]] = {}
+    for alias, module in shell.named_modules(remove_duplicate=False):
+        aliases.setdefault(names[id(module)], []).append(alias)
+    for path, adapted, merged in merge_layers(todo, **options):
+        layer = rebuilt(shell.get_submodule(path), adapted.base, merged.base)
+        for alias in aliases[path]:
+            if alias:
+                shell.set_submodule(alias, layer)
+            else:
+                shell = layer
+        if undo:
+            back[path] = _record(todo, adapted, merged, path)
+    for name, tensor in todo.saved.items():
+        put(shell, name, tensor)
+    return (shell, back) if undo else shell
+
+
+def unmerge(
+    model: nn.Module,
+    params: Any,
+    method: Any,
+    *,
+    undo: Mapping[str, Any] | None = None,
+    scales: str = "auto",
+) -> dict[str, Tensor]:
+    """The weights of a merged model without the adapter.
+
+    Args:
+        model: what :func:`merged_model` returned; only read.
+        params, method: what was merged, in the same order.
+        undo: the record of that merge: the result is then the old weights bit for bit. Without it,
+            they are within one step of the grid.
+        scales: without ``undo``: as :func:`merge_layers`.
+
+    Returns:
+        ``{name: tensor}``, for ``functional_call(model, state, x)``.
+
+    Raises:
+        AdapterError: the adapter does not fit; DoRA without ``undo``, whose norms merging has
+            divided out (or give what ``bind(...).prepare`` made on the old model); a record of
+            another merge.
+    """
+    todo = plan(model, params, method, True)
+    check_untied(model, list(todo.bases))
+    if todo.saved:
+        raise MergeError(
+            f"the adapter replaces modules whole ({next(iter(todo.saved))!r}, ...): merging keeps "
+            "nothing of the old ones. Take those from the model that was merged."
+        )
+    if undo is not None and undo.keys() != todo.bases.keys():
+        odd = sorted(undo.keys() ^ todo.bases.keys())
+        raise MergeError(f"the undo record is of other layers: {odd[:4]} differ.")
+    state: dict[str, Tensor] = {}
+    for path, base in todo.bases.items():
+        steps = todo.steps[path]
+        if undo is not None:
+            old = restore(base, steps, undo[path], path)
+        else:
+            old = merge_layer(_Unmerged(base, steps), path, Rounding(), scales=scales).base
+        layer = model.get_submodule(path)
+        state |= {join(path, name): t for name, t in _named(layer, old).items()}
+    return state
+
+
+def merge_layers(
+    todo: Plan,
+    *,
+    to: str | None = None,
+    scales: str = "auto",
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    safe: bool = True,
+    progress: Progress | None = None,
+) -> Iterator[Layer]:
+    """Merge a layer at a time.
+
+    Args:
+        todo: what :func:`fadapt.plan.plan` returned.
+        to: the format of the result (see :func:`fadapt.formats.like_named`); the layer's own, if
+            None.
+        scales: ``"auto"`` keeps a block's scale while the merged weight fits it; ``"fresh"``
+            computes all anew; ``"keep"`` none, and saturates.
+        rounding: ``"nearest"``, ``"search"``, ``"feedback"`` or ``"stochastic"``; see
+            :mod:`fadapt.rounding`.
+        generator: for ``"stochastic"``.
+        moments: ``{path: X^T X}`` of the layers' inputs; see :func:`fadapt.calibrate`.
+        safe: refuse NaN and Inf, in the adapter and in the result.
+        progress: called before each layer, with its path, its index and their number.
+    """
+    how = Rounding(rounding, generator, moments)
+    likes = {p: b if to is None else like_named(to, b) for p, b in todo.bases.items()}
+    for k, (path, like) in enumerate(likes.items()):
+        if progress is not None:
+            progress(path, k, len(likes))
+        adapted = todo.adapted(path)
+        # A grid that is not the layer's own has no scales yet to keep.
+        chosen = scales if to is None else "fresh"
+        merged = merge_layer(adapted, path, how, like=like, scales=chosen, safe=safe)
+        yield Layer(path, adapted, merged)
+
+
+class _Unmerged(Adapted):
+    """The base under a merged one: the steps undone, last first."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        return unmerged_bias(self.base.bias, self.steps)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        kind = torch.promote_types(dtype or self.dtype, torch.float32)
+        where = slice(self.start, self.start + self.out_features)
+        return unmerged(self.base.dequantize(kind), self.steps, where).to(kind)
+
+
+def _record(todo: Plan, adapted: Adapted, merged: Merged, path: str) -> Any:
+    old, new = adapted.base, merged.base
+    if type(old) is not type(new) or old.dtype != new.dtype:
+        raise ConfigError(
+            f"undo=True, but layer {path!r} goes to another format: the way back is the model that "
+            "you have."
+        )
+    return record(old, new, todo.steps[path], adapted.steps)
+
+
+def _named(layer: nn.Module, base: Any) -> dict[str, Tensor]:
+    """The base's tensors as this layer holds them."""
+    state: dict[str, Tensor] = base.state()
+    codes = getattr(layer, "codes", None)
+    if isinstance(codes, Tensor) and "codes" in state and codes.shape != state["codes"].shape:
+        # An AQLM layer that has run on a CPU holds its codes permuted, and so does the state.
+        state["codes"] = state["codes"].transpose(0, 1).contiguous()
+    return state
