@@ -31,7 +31,9 @@ def like_named(name: str, base: Base) -> Any:
     """
     shape = (base.out_features, base.in_features)
     if name in _DENSE:
-        return Dense(torch.empty(shape, dtype=_DENSE[name] or base.dtype, device=base.device))
+        weight = torch.empty(shape, dtype=_DENSE[name] or base.dtype, device=base.device)
+        turned = isinstance(base, Dense) and base.transposed  # transformers' Conv1D
+        return Dense(weight, transposed=turned)
     found = re.fullmatch(r"int8(-tensor|-dynamic|-group(\d+))?", name)
     if found:
         return _int8(found[1] or "", int(found[2] or 0), base)
