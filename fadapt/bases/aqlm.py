@@ -82,7 +82,7 @@ class Aqlm:
         """
         dtype = dtype or self.dtype
         weight = decode(self.codes, self.codebooks.to(dtype))
-        return weight * _column(self.scales.to(dtype), self.out_group_size)
+        return weight * _each_row(self.scales.to(dtype), self.out_group_size)[:, None]
 
     def requantize(
         self,
@@ -162,47 +162,44 @@ def aqlm_layer(base: Aqlm) -> QuantizedLinear:
     return layer.requires_grad_(False)
 
 
-def _column(scales: Tensor, out_group: int) -> Tensor:
-    """``[out, 1]``."""
-    return scales.reshape(-1, 1).repeat_interleave(out_group, 0)
-
-
-def _blocks(x: Tensor, codes: Tensor, codebooks: Tensor) -> list[slice]:
-    """The runs of output groups to decode at a time.
-
-    On a CPU in eager mode a run is short enough that its float weight stays in the cache between
-    decoding and product; of many rows the product is long, and so may be the run.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x):
-        return [slice(0, codes.shape[0])]
-    row = codes.shape[1] * codebooks[0, 0].numel() * x.element_size()
-    limit = 2**19 if x.numel() // x.shape[-1] < 64 else 2**22
-    size = max(1, limit // row)
-    return [slice(i, i + size) for i in range(0, codes.shape[0], size)]
+def _each_row(scales: Tensor, out_group: int) -> Tensor:
+    """The scale of each row of W: ``[out]``."""
+    flat = scales.reshape(-1)
+    return flat if out_group == 1 else flat.repeat_interleave(out_group)
 
 
 def _multiply(x: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
-    rows = x.to(gemm_dtype(x))
-    codebooks = codebooks.to(rows.dtype)
-    parts = [rows @ decode(codes[s], codebooks).mT for s in _blocks(rows, codes, codebooks)]
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return (y * _column(scales.to(y.dtype), codebooks.shape[2]).flatten()).to(x.dtype)
+    y = _fast(x, codes, codebooks, transposed=False)
+    if y is None:
+        rows = x.to(gemm_dtype(x))
+        y = rows @ decode(codes, codebooks.to(rows.dtype)).mT
+    return (y * _each_row(scales.to(y.dtype), codebooks.shape[2])).to(x.dtype)
 
 
 def _transposed(
     g: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> Tensor:
-    compute = gemm_dtype(g)
-    out_group = codebooks.shape[2]
-    rows = g.to(compute) * _column(scales.to(compute), out_group).flatten()
-    codebooks = codebooks.to(compute)
-    blocks = _blocks(rows, codes, codebooks)
-    if len(blocks) == 1:
-        return (rows @ decode(codes, codebooks)).to(g.dtype)
-    total = rows.new_zeros(*rows.shape[:-1], codes.shape[1] * codebooks.shape[3])
-    for s in blocks:
-        total += rows[..., s.start * out_group : s.stop * out_group] @ decode(codes[s], codebooks)
-    return total.to(g.dtype)
+    rows = g.to(gemm_dtype(g))
+    rows = rows * _each_row(scales.to(rows.dtype), codebooks.shape[2])
+    y = _fast(rows, codes, codebooks, transposed=True)
+    if y is None:
+        y = rows @ decode(codes, codebooks.to(rows.dtype))
+    return y.to(g.dtype)
+
+
+def _fast(x: Tensor, codes: Tensor, codebooks: Tensor, transposed: bool) -> Tensor | None:
+    """The product by the loops for CPUs, in float32; None where they do not apply."""
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return None
+    if torch.compiler.is_compiling() or is_batched(x):
+        return None
+    from fadapt.kernels import aqlm_cpu
+
+    rows = x.detach().float().reshape(-1, x.shape[-1])
+    if not aqlm_cpu.usable(rows, codes):
+        return None
+    product = aqlm_cpu.multiply_transposed if transposed else aqlm_cpu.multiply
+    return product(rows, codes, codebooks.detach().float()).view(*x.shape[:-1], -1)
 
 
 _op = FrozenLinear(_multiply, _transposed)

@@ -1,0 +1,1 @@
+"""Fast kernels, each beside the plain torch that it must equal; imported on use."""
