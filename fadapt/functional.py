@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.bases import Base, base_of
+from fadapt.checkpointing import keep_adapter
 from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
 from fadapt.method import Method
 from fadapt.random import keep_mask
@@ -246,6 +247,7 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
             shell.set_submodule(alias, layers[path])
         else:
             shell = layers[path]
+    keep_adapter(shell)
     return Forward(shell, layers, saved_modules(model, method), method)
 
 
