@@ -8,6 +8,7 @@ from fadapt.calibration import calibrate
 from fadapt.combine import combine
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
+from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.merging import merge, merged_model, unmerge
@@ -44,6 +45,7 @@ __all__ = [
     "count",
     "dropout_seeds",
     "fold",
+    "generate",
     "init",
     "load_peft",
     "merge",

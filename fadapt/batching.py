@@ -139,9 +139,17 @@ class Mixed:
         """
         if bank is None:
             return self._forward(None, *args, **kwargs)
-        banks = self._banks(self.prepare(bank))
+        return self._forward.run(self.tensors(self.prepare(bank), ids), args, kwargs)
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """The shell's own buffers, by name."""
+        return list(self._forward._buffers)
+
+    def tensors(self, prepared: Any, ids: Ids) -> dict[str, Tensor]:
+        """A prepared bank and ids as the shell's tensors, by name, for ``functional_call``."""
+        banks = self._banks(prepared)
         tensors: dict[str, Tensor] = {}
-        for kind, (one, rows) in enumerate(zip(banks, self.rows(ids, bank), strict=True)):
+        for kind, (one, rows) in enumerate(zip(banks, self.rows(ids, prepared), strict=True)):
             if rows.ids is None:
                 continue
             for name, tensor in vars(rows).items():
@@ -150,7 +158,7 @@ class Mixed:
             for path, leaf in one.items():
                 for name, tensor in leaf._asdict().items():
                     tensors[join(path, f"{name}{kind}")] = tensor
-        return self._forward.run(tensors, args, kwargs)
+        return tensors
 
     def rows(self, ids: Ids, bank: Any) -> tuple[Rows, ...]:
         """Ids checked against a bank, and laid out for all layers.

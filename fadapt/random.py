@@ -42,6 +42,16 @@ def keep_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     return bits >= int(p * 2**32)
 
 
+def hashed_uniform(seeds: Tensor, step: int, size: int) -> Tensor:
+    """float64 ``[n, size]`` in (0, 1): row i a pure function of ``seeds[i]`` and ``step``.
+
+    By the hash of :func:`keep_mask`; the same on every device.
+    """
+    key = _mix(_mix(seeds & _WORD) ^ (step & _WORD))
+    bits = _mix(torch.arange(size, device=seeds.device) ^ key[:, None])
+    return (bits.double() + 0.5) / 2**32
+
+
 def _mix(x: Tensor) -> Tensor:
     # 32-bit arithmetic inside int64; a product that wraps still has the right low 32 bits.
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD

@@ -1,0 +1,182 @@
+"""Generation: each prompt gets the tokens that it gets alone, whatever else is in the batch."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import fadapt as fa
+from fadapt.models import SHIPPED, load_model, load_tokenizer
+from fadapt.random import hashed_uniform
+from fadapt.testing import assert_pure
+
+# Prompts, each with the adapter that it wears.
+PROMPTS = [
+    ("a0", "import"),
+    ("base", "def read(self, path):"),
+    ("a1", "<p>The"),
+    ("a2", "once upon a time"),
+    ("a0", "for name in"),
+    ("base", "x"),
+    ("a2", "class A:\n    def __init__(self):"),
+    ("a1", "if not"),
+]
+NEW = 6
+
+
+def randomized(params, seed):
+    g = torch.Generator().manual_seed(seed)
+    # Small enough to stay a language model, large enough to say something else.
+    return tree_map(lambda t: 0.6 * t + 0.12 * torch.randn(t.shape, generator=g), params)
+
+
+@cache
+def make(base="dense"):
+    model = load_model(SHIPPED / "model", base, "float32")
+    tokenizer = load_tokenizer(SHIPPED / "model")
+    methods = [
+        fa.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]),
+        fa.LoRA(rank=2, targets=["up_proj", "down_proj"]),
+        fa.OFT(block_size=16, targets=["o_proj"]),
+    ]
+    g = torch.Generator().manual_seed(0)
+    rooms = [fa.LoRA(rank=4, targets=["q_proj", "v_proj", "up_proj", "down_proj"]), methods[2]]
+    bank = fa.Bank.of(model, rooms, capacity=2)
+    adapters = {}
+    for k, method in enumerate(methods):
+        adapters[f"a{k}"] = (randomized(fa.init(method, model, generator=g), k), method)
+        bank = bank.add(f"a{k}", *adapters[f"a{k}"])
+    return model, tokenizer, bank, fa.bind_mixed(model, bank.method), adapters
+
+
+def encode(tokenizer, texts):
+    rows = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def run(case, prompts, **options):
+    _, tokenizer, bank, mixed, _ = case
+    given = encode(tokenizer, [text for _, text in prompts])
+    out = fa.generate(mixed, bank, [n for n, _ in prompts], **given, max_new_tokens=NEW, **options)
+    return out[:, given["input_ids"].shape[1] :]
+
+
+def equal(got, want):
+    """Up to the padding after an end, of which a shorter batch has less."""
+    size = max(got.shape[-1], want.shape[-1])
+    pad = [torch.nn.functional.pad(t, (0, size - t.shape[-1])) for t in (got, want)]
+    return torch.equal(*pad)
+
+
+@pytest.mark.parametrize("base", ["dense", "int8"])
+def test_greedy_tokens_are_those_of_each_prompt_alone(base):
+    case = make(base)
+    together = run(case, PROMPTS)
+    alone = [run(case, [p])[0] for p in PROMPTS]
+    assert all(equal(a, b) for a, b in zip(together, alone, strict=True))
+    bare = run(case, [("base", text) for _, text in PROMPTS])
+    differ = [not equal(a, b) for a, b in zip(together, bare, strict=True)]
+    assert sum(differ) >= 4  # of the six that wear an adapter
+    assert not differ[1]
+    assert not differ[5]
+
+
+def test_greedy_tokens_are_those_of_the_adapted_model_itself():
+    model, tokenizer, *_, adapters = case = make()
+    for name, text in PROMPTS[2:4]:
+        given = encode(tokenizer, [text])
+        worn = model if name == "base" else merged(model, *adapters[name])
+        want = worn.generate(**given, max_new_tokens=NEW, do_sample=False)
+        assert equal(run(case, [(name, text)])[0], want[0, given["input_ids"].shape[1] :])
+
+
+def merged(model, params, method):
+    worn = fa.bind(model, method)
+    tensors = {
+        f"{path}.{name}": tensor
+        for path, leaf in worn.prepare(params).items()
+        for name, tensor in leaf._asdict().items()
+    }
+    for name, tensor in tensors.items():
+        path, _, field = name.rpartition(".")
+        setattr(worn.shell.get_submodule(path), field, tensor)
+    return worn.shell
+
+
+def test_sampled_tokens_are_those_of_each_prompt_alone_for_each_seed():
+    case = make()
+    options = {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
+    before = torch.get_rng_state()
+    seen = set()
+    for seed in range(4):
+        seeds = [seed + 10 * i for i in range(len(PROMPTS))]
+        together = run(case, PROMPTS, seed=seeds, **options)
+        for i, prompt in enumerate(PROMPTS):
+            assert equal(together[i], run(case, [prompt], seed=seeds[i], **options)[0])
+        seen.add(tuple(together.flatten().tolist()))
+    assert len(seen) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+    drawn = torch.Generator().manual_seed(0)
+    first = run(case, PROMPTS, seed=drawn, **options)
+    assert not torch.equal(first, run(case, PROMPTS, seed=drawn, **options))
+
+
+def test_several_samples_of_a_prompt_differ():
+    out = run(make(), PROMPTS[:2], do_sample=True, num_return_sequences=3, seed=1)
+    assert out.shape[0] == 6
+    assert len({tuple(row.tolist()) for row in out[:3]}) == 3
+
+
+def test_what_is_sampled_follows_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
+    seeds = torch.arange(40_000)
+    noise = -torch.log(-torch.log(hashed_uniform(seeds, 3, 5)))
+    counts = torch.bincount((logits + noise).argmax(-1), minlength=5).double()
+    want = logits.double().softmax(-1) * len(seeds)
+    # chi-square of 4 degrees of freedom: above 18.5 once in a thousand; the seeds are fixed
+    assert ((counts - want) ** 2 / want).sum() < 18.5
+
+
+def test_beams_keep_their_adapters():
+    case = make()
+    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
+    together = run(case, PROMPTS, **options)
+    for i, prompt in enumerate(PROMPTS):
+        alone = run(case, [prompt], **options)
+        assert equal(together[2 * i : 2 * i + 2], alone)
+
+
+def test_nothing_is_changed_and_no_cache_gives_the_same():
+    model, tokenizer, bank, _, _ = case = make()
+    given = encode(tokenizer, [text for _, text in PROMPTS[:3]])
+    names = [name for name, _ in PROMPTS[:3]]
+    out = assert_pure(
+        lambda: fa.generate(model, bank, names, **given, max_new_tokens=4, use_cache=False),
+        model,
+        bank.params,
+        given,
+    )
+    assert torch.equal(out[:, -4:], run(case, PROMPTS[:3])[:, :4])
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "match"),
+    [
+        ({"names": ["a7", "a0"]}, "AdapterError", "no adapter 'a7'"),
+        ({"names": ["a0"]}, "AdapterError", "holds 2 prompts, and 1 adapters"),
+        ({"do_sample": True}, "ConfigError", "pass seed="),
+        ({"seed": 3}, "ConfigError", "nothing is sampled"),
+        ({"do_sample": True, "seed": [1]}, "ConfigError", "1 seeds for 2 prompts"),
+        ({"do_sample": True, "seed": 1, "num_beams": 2}, "ConfigError", "sample without beams"),
+    ],
+)
+def test_errors(options, name, match):
+    _, tokenizer, bank, mixed, _ = make()
+    given = encode(tokenizer, ["a", "b"])
+    names = options.pop("names", ["a0", "base"])
+    with pytest.raises(getattr(fa.errors, name), match=match):
+        fa.generate(mixed, bank, names, **given, max_new_tokens=2, **options)
