@@ -102,8 +102,10 @@ def test_the_output_is_torchaos(kind, dtype, n_in, n_out, shape, bias, seed, siz
     got = assert_pure(lambda: base.linear(x), layer, base, x)
     assert got.dtype == want.dtype
     assert got.shape == want.shape
-    limit = as_torchao(dtype, kind) * want.double().abs().max()
-    assert (got.double() - want.double()).abs().max() <= limit
+    # Equal infinities are equal: torchao's float16 overflows before the weight's scale, so do we.
+    finite = want.double()[want.isfinite()]
+    limit = as_torchao(dtype, kind) * (float(finite.abs().max()) if len(finite) else 0.0)
+    torch.testing.assert_close(got, want, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -228,7 +228,8 @@ TRANSFORMS: dict[str, tuple[Callable[[Case], Any], Callable[[Case], Any], int]] 
 
 def error(got: Any, want: Any) -> float:
     """The largest difference of any leaf, as a share of the largest element of that leaf."""
-    pairs = list(zip(tree_leaves(got), tree_leaves(want), strict=True))
+    both = (tree_leaves(got), tree_leaves(want))
+    pairs = [(a.detach(), b.detach()) for a, b in zip(*both, strict=True)]
     assert all(a.shape == b.shape for a, b in pairs)
     assert all(b.count_nonzero() for _, b in pairs), "a reference of zeros shows nothing"
     return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
