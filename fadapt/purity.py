@@ -131,5 +131,6 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
         return tuple((name, _digest(getattr(tensor, name))) for name in names)
     storage = tensor.untyped_storage()
     size = storage.nbytes()
-    content = ctypes.string_at(storage.cpu().data_ptr(), size) if size else b""
+    host = storage.cpu()  # held until its bytes have been read
+    content = ctypes.string_at(host.data_ptr(), size) if size else b""
     return (storage.data_ptr(), hashlib.sha256(content).hexdigest())
