@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fadapt.bases import Base
 from fadapt.bases.precision import gemm_dtype
+from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.rows import Rows, keep_base, rotate_rows
 from fadapt.targets import ALL_LINEAR, normalize_targets
@@ -169,7 +170,7 @@ class OFT:
             )
         (tensor,) = params
         prepared, width = fields == OFTRotation._fields, base.in_features
-        size = tensor.shape[-1] if prepared else _size(tensor.shape[-1] if tensor.dim() else 0)
+        size = tensor.shape[-1] if prepared else size_of(tensor.shape[-1] if tensor.dim() else 0)
         rows = tensor.shape[0] if tensor.dim() else 0
         wanted = 1 if self.block_share else width // size if size else 0
         if (
@@ -237,7 +238,7 @@ class OFT:
         for path, leaf in self.prepare(params).items():
             if isinstance(leaf, OFTRotation):
                 blocks = leaf.rotation.to(_wide(leaf.rotation))
-                gram = blocks @ blocks.mT - _eye(blocks)
+                gram = blocks @ blocks.mT - eye_like(blocks)
                 errors[path] = gram.flatten(-2).norm(dim=-1).amax(-1)
         return errors
 
@@ -264,7 +265,7 @@ class OFT:
         """
         blocks = self.rotation(params)
         if keep is not None:
-            blocks = torch.where(keep[:, None, None], blocks, _eye(blocks))
+            blocks = torch.where(keep[:, None, None], blocks, eye_like(blocks))
         kind = gemm_dtype(blocks)
         return base.linear(_rotate(x.to(kind), blocks.to(kind)).to(x.dtype))
 
@@ -311,81 +312,35 @@ class OFT:
         kind = vectors.device.type
         under = torch.is_autocast_enabled(kind)
         with torch.autocast(kind, enabled=False) if under else nullcontext():
-            Q = skew(vectors.to(_wide(vectors)))
-            if self.cayley == "exact":
-                blocks = cayley(Q)
-            elif self.cayley == "neumann":
-                blocks = self._series(Q)
+            wide = vectors.to(_wide(vectors))
+            if self.cayley == "auto":
+                blocks = self._either(wide)
             else:
-                blocks = self._either(Q)
+                blocks = rotation(wide, None if self.cayley == "exact" else self._series())
         return blocks.to(vectors.dtype)
 
-    def _series(self, Q: Tensor) -> Tensor:
+    def _series(self) -> tuple[float, ...]:
         if self.form == "own":
-            return polynomial(Q, [1.0] + [2.0 * (-1) ** k for k in range(1, self.terms)])
+            return (1.0, *(2.0 * (-1) ** k for k in range(1, self.terms)))
         # As oft/layer.py of PEFT 0.18 and later, where 3 and 4 terms are one thing.
-        middle = [2.0] * (max(self.terms, 4) - 2)
-        return polynomial(Q, [1.0, 2.0] if self.terms == 2 else [1.0, *middle, 1.0])
+        return (1.0, 2.0, *[2.0] * (max(self.terms, 4) - 3), 1.0) if self.terms > 2 else (1.0, 2.0)
 
-    def _either(self, Q: Tensor) -> Tensor:
-        # Q's eigenvalues come in pairs +-i t, so the largest t is at most |Q|_F / sqrt(2), and what
-        # the series leaves out is at most 2 t^terms.
-        square = Q.detach().square().sum((-2, -1), keepdim=True) / 2
+    def _either(self, vectors: Tensor) -> Tensor:
+        # Q's eigenvalues come in pairs +-i t, so the largest t is at most |Q|_F / sqrt(2), the norm
+        # of the vector, and what the series leaves out is at most 2 t^terms.
+        square = vectors.detach().square().sum(-1)
         converges = square <= (SERIES_TOLERANCE / 2) ** (2 / self.terms)
         traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
         if not traced:
             if bool(converges.all()):
-                return self._series(Q)
+                return rotation(vectors, self._series())
             if not bool(converges.any()):
-                return cayley(Q)
+                return rotation(vectors)
         # The series of a block that is left to the exact form could overflow, and the gradient of
         # a branch that is not taken is 0 x that.
-        return torch.where(converges, self._series(torch.where(converges, Q, 0.0)), cayley(Q))
-
-
-def skew(vectors: Tensor) -> Tensor:
-    """Skew-symmetric ``[..., b, b]`` from its upper triangle ``[..., b (b - 1) / 2]``."""
-    size = _size(vectors.shape[-1])
-    rows, cols = torch.triu_indices(size, size, 1, device=vectors.device)
-    flat = vectors.new_zeros(*vectors.shape[:-1], size * size)
-    index = (rows * size + cols).expand(vectors.shape)
-    upper: Tensor = flat.scatter(-1, index, vectors).unflatten(-1, (size, size))
-    return upper - upper.mT
-
-
-def cayley(Q: Tensor) -> Tensor:
-    """``(I - Q) (I + Q)^-1``, orthogonal for a skew-symmetric Q ``[..., b, b]``."""
-    eye = _eye(Q)
-    R: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
-    return R
-
-
-def polynomial(X: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """``sum_k c_k X^k`` of square matrices ``[..., b, b]``, in about 2 sqrt(degree) products
-    (Paterson and Stockmeyer 1973, SIAM J. Comput. 2(1))."""
-    degree = len(coefficients) - 1
-    step = max(1, math.isqrt(degree))
-    powers = [_eye(X).expand_as(X), X]
-    while len(powers) <= step:
-        powers.append(powers[-1] @ X)
-
-    def part(k: int) -> Tensor:
-        total = coefficients[k * step] * powers[0]
-        for c, power in zip(coefficients[k * step + 1 :], powers[1:step], strict=False):
-            total = torch.add(total, power, alpha=c)
-        return total
-
-    top = degree // step
-    if degree == 0:
-        return coefficients[0] * powers[0]
-    if degree % step == 0:  # the highest part is a number, and its product with a power free
-        top -= 1
-        total = torch.add(part(top), powers[step], alpha=coefficients[-1])
-    else:
-        total = part(top)
-    for k in reversed(range(top)):
-        total = part(k) + total @ powers[step]
-    return total
+        small = torch.where(converges[..., None], vectors, 0.0)
+        series = rotation(small, self._series())
+        return torch.where(converges[..., None, None], series, rotation(vectors))
 
 
 def _rotate(x: Tensor, blocks: Tensor) -> Tensor:
@@ -406,15 +361,9 @@ def _project(vectors: Tensor, eps: float) -> Tensor:
     return vectors * torch.where(outside, bound * torch.where(outside, square, 1.0).rsqrt(), 1.0)
 
 
-def _size(elements: int) -> int:
-    """b, of b (b - 1) / 2; 0 if there is none."""
-    size = (1 + math.isqrt(1 + 8 * elements)) // 2
-    return size if size * (size - 1) // 2 == elements else 0
-
-
 def _block_size(params: Params) -> int:
     (tensor,) = params
-    return tensor.shape[-1] if isinstance(params, OFTRotation) else _size(tensor.shape[-1])
+    return tensor.shape[-1] if isinstance(params, OFTRotation) else size_of(tensor.shape[-1])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -424,7 +373,3 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _widened(params: Params) -> Params:
     (tensor,) = params
     return type(params)(tensor.to(_wide(tensor)))
-
-
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)

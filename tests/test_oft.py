@@ -14,8 +14,9 @@ from torch.func import functional_call, grad, vjp, vmap
 from torch.utils._pytree import tree_map
 
 import fadapt as fa
+import fadapt.cayley
+from fadapt.cayley import polynomial, skew
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.oft import polynomial, skew
 from fadapt.testing import assert_pure
 
 EPS = torch.finfo(torch.float32).eps
@@ -168,6 +169,46 @@ def test_the_rotation_does_not_lose_digits_under_autocast():
     want = method.rotation(params)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(method.rotation(params), want)
+
+
+@pytest.mark.parametrize("coefficients", [None, (1.0, -2.0, 2.0, -2.0)], ids=["exact", "series"])
+def test_a_few_blocks_at_a_time_is_the_same(coefficients: Any, monkeypatch: pytest.MonkeyPatch):
+    vectors = gaussian((7, 6), std=0.3).double()
+
+    def everything(f: Any) -> Any:
+        def run(v: Tensor) -> Tensor:
+            return f(v, coefficients)
+
+        def scalar(v: Tensor) -> Tensor:
+            return (run(v) ** 3).sum()
+
+        leaf = vectors.clone().requires_grad_()
+        (first,) = torch.autograd.grad(scalar(leaf), leaf)
+        (kept,) = torch.autograd.grad(scalar(leaf), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((kept**2).sum(), leaf)
+        stack = torch.stack([vectors, vectors / 2])
+        return (
+            run(vectors),
+            first,
+            second,
+            vmap(run)(stack),
+            vmap(grad(scalar))(stack),
+            torch.func.jvp(run, (vectors,), (vectors.flip(0),))[1],
+            torch.autograd.grad(vmap(scalar)(stack.requires_grad_()).sum(), stack)[0],
+        )
+
+    plain = everything(fadapt.cayley._plain)
+    monkeypatch.setattr(fadapt.cayley, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(fadapt.cayley, "_CHUNK_BYTES", 2 * 16 * 8)  # two blocks, and one is left
+    for got, want in zip(everything(fadapt.cayley.rotation), plain, strict=True):
+        assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
+    assert torch.autograd.gradcheck(
+        lambda v: fadapt.cayley.rotation(v, coefficients),
+        vectors.clone().requires_grad_(),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
 
 
 # PEFT as the oracle
