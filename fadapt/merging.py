@@ -235,8 +235,9 @@ def _record(todo: Plan, adapted: Adapted, merged: Merged, path: str) -> Any:
 def _named(layer: nn.Module, base: Any) -> dict[str, Tensor]:
     """The base's tensors as this layer holds them."""
     state: dict[str, Tensor] = base.state()
-    codes = getattr(layer, "codes", None)
-    if isinstance(codes, Tensor) and "codes" in state and codes.shape != state["codes"].shape:
-        # An AQLM layer that has run on a CPU holds its codes permuted, and so does the state.
-        state["codes"] = state["codes"].transpose(0, 1).contiguous()
+    if type(base).__module__ == "fadapt.bases.aqlm" and hasattr(layer, "codes"):
+        from fadapt.bases.aqlm_codes import is_permuted
+
+        if is_permuted(layer):  # as a layer that has run on a CPU is, so that the state runs in it
+            state["codes"] = state["codes"].transpose(0, 1).contiguous()
     return state

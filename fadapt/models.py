@@ -64,9 +64,7 @@ def load_model(
             f"--model {folder}: the weights of {len(missing)} tensors are not in the files, "
             f"{missing[0]!r} among them."
         )
-    model = model.to(chosen).requires_grad_(False).eval()
-    QUANTIZERS[base](model)
-    return model  # type: ignore[no-any-return]
+    return QUANTIZERS[base](model.to(chosen).requires_grad_(False).eval())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -90,11 +88,19 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _dense(model: nn.Module) -> None:
+def _dense(model: nn.Module) -> nn.Module:
     """Whatever the folder holds."""
+    return model
 
 
-def _int8(model: nn.Module) -> None:
+def _aqlm(model: nn.Module) -> nn.Module:
+    """2 codebooks of 8 bits for groups of 8, always from the same random numbers."""
+    from fadapt.aqlm_files import quantize_model
+
+    return quantize_model(model, generator=torch.Generator().manual_seed(0))
+
+
+def _int8(model: nn.Module) -> nn.Module:
     with quiet():
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     output = model.get_output_embeddings()  # type: ignore[operator]
@@ -105,10 +111,16 @@ def _int8(model: nn.Module) -> None:
             "(GPT-2's layers are Conv1D); use --base dense."
         )
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, _: any(m is w for w in wanted))
+    return model
 
 
-# `--base` -> what it does to the model, in place. settings.BASES names the same.
-QUANTIZERS: dict[str, Callable[[nn.Module], None]] = {"int8": _int8, "dense": _dense}
+# `--base` -> the model quantized, which may be the one it was given, changed in place.
+# settings.BASES names the same.
+QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "int8": _int8,
+    "aqlm": _aqlm,
+    "dense": _dense,
+}
 
 
 def fingerprint(folder: Path) -> str:

@@ -48,7 +48,13 @@ def store(index: Tensor, like: Tensor, nbits: int) -> Tensor:
 
 
 def read_codes(layer: QuantizedLinear) -> Tensor:
-    """The codes as ``[out_groups, in_groups, M]``, sharing the layer's storage.
+    """The codes as ``[out_groups, in_groups, M]``, sharing the layer's storage."""
+    codes: Tensor = layer.codes.detach()
+    return codes.transpose(0, 1) if is_permuted(layer) else codes
+
+
+def is_permuted(layer: QuantizedLinear) -> bool:
+    """Whether the layer holds its codes as ``[in_groups, out_groups, M]``.
 
     The first forward of a layer off CUDA, with codebooks of 256 entries, leaves its codes permuted
     to ``[in_groups, out_groups, M]``. Whether that has happened is read off the kernel that the
@@ -57,18 +63,17 @@ def read_codes(layer: QuantizedLinear) -> Tensor:
     Raises:
         UnsupportedLayerError: the shape is neither, or the layer's state does not tell.
     """
-    codes: Tensor = layer.codes.detach()
+    shape = tuple(layer.codes.shape)
     out_groups = layer.out_features // layer.out_group_size
     in_groups = layer.in_features // layer.in_group_size
     plain = (out_groups, in_groups, layer.num_codebooks)
     swapped = (in_groups, out_groups, layer.num_codebooks)
-    if tuple(codes.shape) not in (plain, swapped):
+    if shape not in (plain, swapped):
         raise UnsupportedLayerError(
-            f"An AQLM layer whose codes have the shape {tuple(codes.shape)}; its sizes call for "
+            f"An AQLM layer whose codes have the shape {shape}; its sizes call for "
             f"{plain} ([out_groups, in_groups, codebooks])."
         )
-    permuted = _was_permuted(layer) if plain == swapped else tuple(codes.shape) == swapped
-    return codes.transpose(0, 1) if permuted else codes
+    return _was_permuted(layer) if plain == swapped else shape == swapped
 
 
 def _was_permuted(layer: QuantizedLinear) -> bool:
