@@ -65,7 +65,7 @@ def quantize_model(
         raise ConfigError(f"second_moments: no nn.Linear to quantize at {listing(unknown)}.")
     copy = share(model, {})
     for path in paths:
-        linear = model.get_submodule(path)
+        linear: Any = model.get_submodule(path)
         bias = linear.bias
         try:
             base = encode(
