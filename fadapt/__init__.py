@@ -1,6 +1,7 @@
 """Functional, stateless adapters for PyTorch, over dense and quantized bases."""
 
 from fadapt.adapter import count, fold, init, scale_by
+from fadapt.aqlm_merge import Recode
 from fadapt.bank import Bank
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
@@ -11,11 +12,13 @@ from fadapt.functional import Forward, bind
 from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.merge_report import LayerReport, MergeReport, merge_report
 from fadapt.merging import merge, merged_model, unmerge
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
 from fadapt.peft import load_peft, save_peft
 from fadapt.random import dropout_seeds
+from fadapt.remainder import merge_with_remainder
 from fadapt.stacking import StackedLoRA, stack, unstack
 
 __version__ = "0.1.0"
@@ -28,14 +31,17 @@ __all__ = [
     "DoRANormed",
     "DoRAParams",
     "Forward",
+    "LayerReport",
     "LoRA",
     "LoRABiasParams",
     "LoRAParams",
+    "MergeReport",
     "Method",
     "Mixed",
     "OFT",
     "OFTParams",
     "OFTRotation",
+    "Recode",
     "StackedLoRA",
     "base_of",
     "bind",
@@ -49,6 +55,8 @@ __all__ = [
     "init",
     "load_peft",
     "merge",
+    "merge_report",
+    "merge_with_remainder",
     "merged_model",
     "register_base",
     "save_peft",

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fadapt.adapted import Adapted, unmerged, unmerged_bias
+from fadapt.aqlm_merge import Recode, recoded, refuse
 from fadapt.bases import Base
+from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError, MergeError
 from fadapt.formats import like_named, put, rebuilt
 from fadapt.functional import join, share
-from fadapt.layer_merge import Merged, merge_layer
+from fadapt.layer_merge import Merged, merge_layer, with_bias
 from fadapt.plan import Plan, check_untied, plan
 from fadapt.rounding import Rounding
 from fadapt.undo import record, restore
@@ -162,6 +164,12 @@ def unmerge(
     state: dict[str, Tensor] = {}
     for path, base in todo.bases.items():
         steps = todo.steps[path]
+        if undo is None and not isinstance(base, Gridded):
+            raise MergeError(
+                f"layer {path!r}: its format ({type(base).__name__}) cannot be rounded to nearest, "
+                "so subtracting the adapter leads nowhere near the old codes. Pass undo=, the "
+                "record that merge(..., undo=True) returns."
+            )
         if undo is not None:
             old = restore(base, steps, undo[path], path)
         else:
@@ -179,6 +187,7 @@ def merge_layers(
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    aqlm: Recode | None = None,
     safe: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[Layer]:
@@ -194,6 +203,7 @@ def merge_layers(
             :mod:`fadapt.rounding`.
         generator: for ``"stochastic"``.
         moments: ``{path: X^T X}`` of the layers' inputs; see :func:`fadapt.calibrate`.
+        aqlm: how to merge into AQLM layers. None: refuse, saying what would be kept.
         safe: refuse NaN and Inf, in the adapter and in the result.
         progress: called before each layer, with its path, its index and their number.
     """
@@ -205,8 +215,18 @@ def merge_layers(
         adapted = todo.adapted(path)
         # A grid that is not the layer's own has no scales yet to keep.
         chosen = scales if to is None else "fresh"
+        if not isinstance(like, Gridded):
+            yield Layer(path, adapted, _recoded(adapted, path, aqlm, how))
+            continue
         merged = merge_layer(adapted, path, how, like=like, scales=chosen, safe=safe)
         yield Layer(path, adapted, merged)
+
+
+def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding) -> Merged:
+    if aqlm is None:
+        refuse(adapted, path)
+    base = recoded(adapted, path, aqlm or Recode(), how.moment(path, adapted.in_features))
+    return Merged(with_bias(base, adapted.bias))
 
 
 class _Unmerged(Adapted):

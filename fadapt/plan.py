@@ -35,6 +35,10 @@ class Plan:
             found = found.then(method, params, path)
         return found
 
+    def only(self, path: str) -> "Plan":
+        """The plan for one of the layers."""
+        return Plan({path: self.bases[path]}, {path: self.steps[path]}, {})
+
 
 def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
     """Read every layer and check every adapter; computes nothing.
