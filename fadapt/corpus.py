@@ -104,21 +104,22 @@ def read_corpus(path: Path, encode: Callable[[str], Sequence[int]], end: int, le
     Raises:
         ConfigError: too short to train on and to hold some out.
     """
-    tokens = [t for text in read_documents(path) for t in (*encode(text), end)]
+    tokens = torch.tensor([t for text in read_documents(path) for t in (*encode(text), end)])
     held = min(max(2, len(tokens) // HELD_OUT), MOST_HELD_OUT * length + 1)
     if len(tokens) < held + 2:
         raise ConfigError(f"{path}: {len(tokens)} tokens are too few to train on.")
-    digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     return Corpus(
         path.stem, windows(tokens[:-held], length), windows(tokens[-held:], length), digest
     )
 
 
-def windows(tokens: Sequence[int], length: int) -> Tensor:
+def windows(tokens: Tensor, length: int) -> Tensor:
     """``[n, length + 1]``: each begins with the last token of the one before."""
-    starts = range(0, len(tokens) - 1, length)
-    rows = [list(tokens[s : s + length + 1]) for s in starts]
-    return torch.tensor([row + [IGNORED] * (length + 1 - len(row)) for row in rows])
+    count = -(-(len(tokens) - 1) // length)
+    padded = tokens.new_full((count * length + 1,), IGNORED)
+    padded[: len(tokens)] = tokens
+    return padded.unfold(0, length + 1, length).contiguous()
 
 
 def rows_at(seed: int, step: int, batch: int, count: int) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fadapt.bases import Base, base_of
+from fadapt.bases import Base, Dense, base_of, is_supported
 from fadapt.checkpointing import keep_adapter
 from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
 from fadapt.method import Method
@@ -235,10 +235,18 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
     shell = share(model, state or {})
     names = {id(m): path for path, m in targets.items()}
     at = method.at(list(targets))
+    saved = saved_modules(model, method)
     layers: dict[str, AdaptedLinear] = {}
+    frozen: dict[int, AdaptedLinear] = {}
     for alias, module in model.named_modules(remove_duplicate=False):
         path = names.get(id(module))
         if path is None:
+            whole = any(alias == p or alias.startswith(f"{p}.") for p in saved)
+            base = None if whole or not alias else _quantized(shell.get_submodule(alias))
+            if base is not None:
+                layer = shell.get_submodule(alias)
+                kept = frozen.setdefault(id(module), AdaptedLinear(layer, base, method, alias))
+                shell.set_submodule(alias, kept)
             continue
         if path not in layers:
             layer = shell.get_submodule(alias)
@@ -248,7 +256,22 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
         else:
             shell = layers[path]
     keep_adapter(shell)
-    return Forward(shell, layers, saved_modules(model, method), method)
+    return Forward(shell, layers, saved, method)
+
+
+def _quantized(layer: nn.Module) -> Base | None:
+    """The base of a layer that is not adapted, unless it is dense.
+
+    Our op stands in for the vendor's there too: some raise under a transform, or in a backward
+    through them, and AQLM's writes to its codes.
+    """
+    if isinstance(layer, AdaptedLinear) or not is_supported(layer):
+        return None
+    try:
+        base = base_of(layer)
+    except UnsupportedLayerError:
+        return None
+    return None if isinstance(base, Dense) else base
 
 
 def layers_of(model: nn.Module, method: Method) -> dict[str, nn.Module]:

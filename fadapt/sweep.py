@@ -46,7 +46,7 @@ def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:
     job = prepare(settings, load)
     base = loop.base_losses(job)
     out.mkdir(parents=True, exist_ok=True)
-    console.print(_headline(job), highlight=False)
+    console.print(_headline(job), highlight=False, soft_wrap=True)
     try:
         with _bar(console, job) as tell:
             state, history, timing = loop.train(
@@ -66,7 +66,8 @@ def go(settings: Settings, out: Path, name: str, load: Any = None) -> int:
     report.write_results(out / "results.json", rows, timing)
     report.draw(out / "loss.png", job, history, base)
     console.print(report.table(rows))
-    console.print(report.timing_line(job, timing, loop.ROUNDS), highlight=False)
+    timed = report.timing_line(job, timing, loop.ROUNDS)
+    console.print(timed, highlight=False, soft_wrap=True)
     console.print(f"adapters, results.json and loss.png: {out}", highlight=False, soft_wrap=True)
     return 0
 

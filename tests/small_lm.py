@@ -9,13 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fadapt.models import SHIPPED
 
 
-def make_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+def make_model(folder: Path, layers: int = 2) -> Path:
     """Random weights, and the tokenizer of the shipped model."""
     config = LlamaConfig(
         vocab_size=1536,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
@@ -26,7 +26,7 @@ def make_model(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / "model" / name, folder)
     return folder

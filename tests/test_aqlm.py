@@ -169,3 +169,20 @@ def test_bind_over_a_model_of_aqlm_layers():
     assert torch.equal(forward(params, x), y)
     # The other layout is summed in another order.
     torch.testing.assert_close(fa.bind(model, method)(params, x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_are_not_adapted_are_differentiated_through_and_not_written_to():
+    # AQLM's own first call on a CPU permutes the codes, and its backward is wrong from then on.
+    first, second = nn.Linear(16, 64), quantized((2, 8, 8, 1), 64, 16)
+    model = nn.Sequential(first, second)
+    method = fa.LoRA(rank=2, targets=["0"])
+    g = torch.Generator().manual_seed(0)
+    many = fa.stack([fa.init(method, model, generator=g) for _ in range(2)])
+    many["0"] = many["0"]._replace(lora_B=torch.randn(2, 64, 2, generator=g))
+    x = torch.randn(3, 16, generator=g)
+    dense = nn.Linear(64, 16)
+    dense.weight.data, dense.bias.data = fa.base_of(second).dequantize(), second.bias.data
+    forward, plain = (fa.bind(nn.Sequential(first, m), method) for m in (second, dense))
+    step = [fa.value_and_grad(lambda p, f=f: f(p, x).square().mean(), 0) for f in (forward, plain)]
+    got = assert_pure(lambda: step[0](many), model, many)
+    torch.testing.assert_close(got, step[1](many))

@@ -333,3 +333,12 @@ def test_other_methods_train_at_once_as_well_and_go_on_from_their_folders(paths,
     assert cli.main([*start, "--from", str(alone / "adapter"), "--out", str(again)]) == 0
     (further,) = json.loads((again / "results.json").read_text())["adapters"]
     assert further["held_out_loss"] < one["held_out_loss"]
+
+
+def test_the_aqlm_base_is_encoded_and_trained_over(paths, tmp_path, capsys):
+    out, model = tmp_path / "run", make_model(tmp_path / "model", layers=1)
+    more = ("--base", "aqlm", "--lr", "0.02", "--targets", "q_proj,down_proj")
+    assert cli.main(flags((model, paths[1]), out, *more, "--steps", "20")) == 0
+    assert "2 Aqlm layers, frozen" in capsys.readouterr().out
+    best = json.loads((out / "results.json").read_text())["adapters"][0]
+    assert best["held_out_loss"] < best["base_loss"] - 0.1

@@ -126,8 +126,9 @@ def test_the_schedule_rises_and_falls():
 
 
 def test_windows_overlap_by_one_token_and_every_token_is_a_label_once():
-    rows = corpus.windows(range(10), 4)
+    rows = corpus.windows(torch.arange(10), 4)
     assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [8, 9, -100, -100, -100]]
+    assert corpus.windows(torch.arange(9), 4).tolist() == rows.tolist()[:2]
     labels = rows[:, 1:].flatten()
     assert labels[labels >= 0].tolist() == list(range(1, 10))
 
