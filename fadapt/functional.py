@@ -241,8 +241,8 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
     for alias, module in model.named_modules(remove_duplicate=False):
         path = names.get(id(module))
         if path is None:
-            whole = any(alias == p or alias.startswith(f"{p}.") for p in saved)
-            base = None if whole or not alias else _quantized(shell.get_submodule(alias))
+            below = any(f"{alias}.".startswith(f"{p}.") for p in (*saved, *names.values()))
+            base = None if below or not alias else _quantized(shell.get_submodule(alias))
             if base is not None:
                 layer = shell.get_submodule(alias)
                 kept = frozen.setdefault(id(module), AdaptedLinear(layer, base, method, alias))
