@@ -6,7 +6,9 @@ from aqlm import QuantizedLinear
 
 # AQLM's own CPU kernel adds into one output from all of its threads: with two of them 89 % of the
 # calls on a 32 x 256 layer were wrong, with one none. What tests compare with must be right.
+_threads = torch.get_num_threads()
 numba.set_num_threads(1)
+torch.set_num_threads(_threads)  # numba starts a pool of all cores, which torch then uses too
 
 
 def quantized(fmt=(2, 8, 8, 1), n_in=64, n_out=16, dtype=torch.float32, bias=True):
