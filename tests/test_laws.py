@@ -32,6 +32,14 @@ from fadapt.testing import assert_pure
 
 TABLE = [pytest.param(b, m, id=f"{b.name}-{m.name}") for b in BASES for m in METHODS]
 table = pytest.mark.parametrize(("row", "kind"), TABLE)
+# A GPU's products of one row and of several differ in the order of their sums, a CPU's of this size
+# do not: an eps more, grown likewise.
+LOOSER = 1 if DEVICE == "cpu" else 2
+
+
+def step_of(row: BaseRow) -> float:
+    """For the same reason the second layer's input may there fall to the next of 255 steps."""
+    return 1 / 127 if row.rounds and DEVICE != "cpu" else 0.0
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -44,7 +52,7 @@ def test_transform(row: BaseRow, kind: MethodRow, name: str):
     # Two layers, and for each order of derivative two more on the way back; every result, of 16
     # products at most, is rounded to the row's dtype: eps / 2 each, grown by the next layers.
     share = error(value, want(c))
-    assert share <= (4, 8, 16)[order] * eps_of(row)
+    assert share <= (4, 8, 16)[order] * eps_of(row) * LOOSER + step_of(row)
 
 
 @table
@@ -101,8 +109,8 @@ def test_law_3_vmap_is_the_loop_and_unstack_inverts_stack(row: BaseRow, kind: Me
     grads = fa.unstack(vmap(grad(loss(c.forward)))(c.many, c.xs))
     for p, x, y, g in zip(adapters, c.xs, ys, grads, strict=True):
         # The same sums, in one GEMM of K x 3 rows instead of K of 3: another order, so an eps.
-        assert error(y, c.forward(p, x)) <= 4 * eps_of(row)
-        assert error(g, grad(loss(c.forward))(p, x)) <= 8 * eps_of(row)
+        assert error(y, c.forward(p, x)) <= 4 * eps_of(row) + step_of(row)
+        assert error(g, grad(loss(c.forward))(p, x)) <= 8 * eps_of(row) + step_of(row)
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda m: m.name)

@@ -152,7 +152,6 @@ def test_the_base_s_own_tensors(folder):
     [
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("use_dora", True),
         ("use_qalora", True),
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
