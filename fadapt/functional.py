@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.bases import Base, Dense, base_of, is_supported
-from fadapt.checkpointing import keep_adapter
+from fadapt.checkpointing import Calls, keep_adapter
 from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
 from fadapt.method import Method
 from fadapt.random import keep_mask
@@ -41,6 +41,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.method = method
         self.path = path
+        self.calls: Calls | None = None
         # Told by the path alone, so that an adapter's masks do not depend on what else is adapted.
         self.stream = zlib.crc32(path.encode())
         self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
@@ -64,6 +65,8 @@ class AdaptedLinear(nn.Module):
         """``[..., in] -> [..., out]``."""
         given = {n: t for n in self.fields if (t := getattr(self, n)) is not None}
         if not given:
+            if self.calls is not None and not torch.compiler.is_compiling():
+                self.calls.check(self.path)
             return self.base.linear(x)
         params = self.kinds[tuple(given)](**given)
         return self.method.apply(self.base, params, x, self._keep(params, x))
@@ -106,6 +109,10 @@ class Forward:
         self.layers = dict(layers)
         self.saved = dict(saved)
         self.method = method
+        self._calls = Calls()
+        for layer in self.layers.values():
+            layer.calls = self._calls
+        keep_adapter(shell, self._calls)
         self._buffers = [
             (name, buffer)
             for name, buffer in shell.named_buffers(remove_duplicate=False)
@@ -148,7 +155,10 @@ class Forward:
         copies: dict[int, Tensor] = {}
         for name, buffer in self._buffers:
             tensors.setdefault(name, copies.setdefault(id(buffer), buffer.clone()))
-        return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+        if torch.compiler.is_compiling():
+            return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+        with self._calls.holding(tensors):
+            return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
 
     def prepare(self, params: Adapter) -> Adapter:
         """What a method can build of an adapter once for several calls, which take it instead.
@@ -255,7 +265,6 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
             shell.set_submodule(alias, layers[path])
         else:
             shell = layers[path]
-    keep_adapter(shell)
     return Forward(shell, layers, saved, method)
 
 

@@ -1,6 +1,7 @@
 """Training through transformers models: checkpointed blocks, optimizers, caches, tied weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 import fadapt as fa
-from fadapt.errors import ConfigError
+from fadapt.errors import AdapterError, ConfigError
 from fadapt.testing import assert_pure
 
 pytestmark = [
@@ -194,3 +195,41 @@ def test_tied_weights_part_where_one_is_trained_whole(saved):
     grads = grad(lambda p: forward(p, ids).logits.sin().mean())(params)
     used = grads[path]["weight"].abs().sum(1) > 0
     assert used.sum() == (64 if saved == "lm_head" else ids.unique().numel())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert-int8"])
+def test_checkpointed_blocks_of_a_mixed_batch(name):
+    c, model, method = training(name)
+    method = replace(method, dropout=0.0)
+    plain = fa.bind_mixed(model, method)
+    model.activation_checkpointing_enable()
+    mixed = fa.bind_mixed(model, method)
+    ids = torch.tensor([2, 0])
+
+    def loss(mixed):
+        return lambda bank: hidden(mixed(bank, ids, c.ids)).sin().mean()
+
+    close(fa.value_and_grad(loss(mixed))(c.many), fa.value_and_grad(loss(plain))(c.many), 0)
+
+
+class Checkpointing(torch.nn.Module):
+    """A model that calls torch.utils.checkpoint itself."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.up, self.down, self.reentrant = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.down, self.up(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_inside_a_model_of_one_s_own_is_refused_in_backward(reentrant):
+    # There the part is called again without its adapter: the reentrant kind's gradients would be
+    # those of the base, in silence.
+    model, method = Checkpointing(reentrant), fa.LoRA(rank=2)
+    params = randomized(fa.init(method, model, generator=seeded()), 0)
+    leaves = tree_map(lambda t: t.requires_grad_(), params)
+    loss = fa.bind(model, method)(leaves, torch.ones(3, 4)).sum()
+    with pytest.raises(AdapterError, match="Checkpoint the whole forward"):
+        loss.backward()
