@@ -8,13 +8,15 @@
 Three jobs: a step of 512 tokens; a step of 8 micro-batches of 32 tokens, in which fadapt prepares
 once (R for OFT, norms for DoRA) and brings the gradients back once; and a step of K = 16 adapters
 of 32 tokens each, where PEFT loops over them. PEFT's OFT refuses a model that torchao's quantize_
-made int8: there its side is left out, and fadapt's is set against the base's own step.
+made int8: there its side is left out, and fadapt's is set against the base's own step. On a GPU
+fadapt's step is also captured as a CUDA graph (fadapt.cuda_graph).
 """
 
 import argparse
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,12 +101,12 @@ def fadapt_step(model: nn.Module, method: fa.Method, xs: torch.Tensor, job: str)
         many = fa.stack([fa.init(method, model, generator=g) for _ in range(K)])
         batched = torch.func.vmap(loss)
         step = fa.value_and_grad(lambda p: batched(p, xs).sum())
-        return lambda: step(many)
+        return step, many
     params = fa.init(method, model, generator=g)
     if job == "step":
-        return lambda: run(params, xs[0])
+        return lambda p: run(p, xs[0]), params
 
-    def micro() -> Any:
+    def micro(params: Any) -> Any:
         if isinstance(method, fa.OFT):
             prepared, back = vjp(method.prepare, params)
         else:
@@ -115,7 +117,7 @@ def fadapt_step(model: nn.Module, method: fa.Method, xs: torch.Tensor, job: str)
             total = grads if total is None else tree_map(torch.add, total, grads)
         return total if back is None else back(total)
 
-    return micro
+    return micro, params
 
 
 def floor(model: nn.Module, xs: torch.Tensor):
@@ -144,6 +146,7 @@ def main() -> None:
     print(
         f"{'method':<16} {'job':<24} {'PEFT':>11} {'fadapt':>11} {'base alone':>11} "
         f"{'PEFT/fadapt':>12} {'fadapt/base':>12}"
+        + (f" {'graph':>11} {'PEFT/graph':>12}" if on_gpu else "")
     )
     model = base_model(width, args.base, dtype, args.device)
     jobs = {
@@ -158,15 +161,22 @@ def main() -> None:
             generator = torch.Generator(args.device).manual_seed(0)
             shape = (batches, tokens, width)
             xs = torch.randn(shape, generator=generator, device=args.device).to(dtype)
-            sides = {"fadapt": fadapt_step(model, method, xs, job), "base": floor(model, xs)}
+            step, params = fadapt_step(model, method, xs, job)
+            sides = {"fadapt": partial(step, params), "base": floor(model, xs)}
+            if on_gpu:
+                sides["graph"] = partial(fa.cuda_graph(step, params), params)
             if not (args.base == "int8" and isinstance(method, fa.OFT)):
                 sides["peft"] = peft_step(model, config, xs, K if job == "adapters" else 1)
             t = medians(sides, args.device, args.seconds)
             peft = f"{t['peft'] * 1e3:>8.2f} ms" if "peft" in t else f"{'refused':>11}"
             ratio = f"{t['peft'] / t['fadapt']:>11.2f}x" if "peft" in t else f"{'':>12}"
+            graph = ""
+            if on_gpu:
+                graph = f" {t['graph'] * 1e3:>8.2f} ms"
+                graph += f" {t['peft'] / t['graph']:>11.2f}x" if "peft" in t else ""
             print(
                 f"{name:<16} {words:<24} {peft} {t['fadapt'] * 1e3:>8.2f} ms "
-                f"{t['base'] * 1e3:>8.2f} ms {ratio} {t['fadapt'] / t['base']:>11.2f}x",
+                f"{t['base'] * 1e3:>8.2f} ms {ratio} {t['fadapt'] / t['base']:>11.2f}x{graph}",
                 flush=True,
             )
 

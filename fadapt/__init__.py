@@ -11,6 +11,7 @@ from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
+from fadapt.graphs import cuda_graph
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.merge_report import LayerReport, MergeReport, merge_report
 from fadapt.merging import merge, merged_model, unmerge
@@ -49,6 +50,7 @@ __all__ = [
     "combine",
     "calibrate",
     "count",
+    "cuda_graph",
     "dropout_seeds",
     "fold",
     "generate",

@@ -60,7 +60,8 @@ def skew(vectors: Tensor) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q) (I + Q)^-1``, orthogonal for a skew-symmetric Q ``[..., b, b]``."""
     eye = eye_like(Q)
-    R: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
+    # I + Q is never singular, and to ask whether it was makes a GPU wait.
+    R: Tensor = torch.linalg.solve_ex(eye + Q, eye - Q, left=False).result
     return R
 
 
