@@ -3,6 +3,20 @@
 The function runs a *shell*: a copy of the model's module tree that shares every tensor with it, in
 which each target layer is replaced by an :class:`AdaptedLinear`. ``torch.func.functional_call``
 hands the shell its parameters for the time of one call. The model itself is never touched.
+
+Which setting of a transformers model each transform needs (tests/test_transformers.py runs each):
+
+======================================= ==========================================================
+grad, vmap, vmap(grad), jacrev          any attention. On a CPU sdpa has no batching rule, and vmap
+                                        runs it once an adapter: ``attn_implementation="eager"``
+jvp, jacfwd, hessian, grad of grad      ``attn_implementation="eager"``, or sdpa inside of
+                                        ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``
+masks that vmap maps over               additive ones, ``[batch, 1, queries, keys]``; transformers
+                                        looks into those of ``[batch, keys]``
+vmap that returns the model's output    ``use_cache=False``: a cache is no pytree
+torch.compile(fullgraph=True)           ``attn_implementation="eager"``, ``use_cache=False``
+activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward()``; no transform
+======================================= ==========================================================
 """
 
 import copy

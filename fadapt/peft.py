@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fadapt.errors import AdapterError, CheckpointError, FadaptError, listing, near
-from fadapt.functional import join, layers_of, read, saved_modules
+from fadapt.functional import bind, join, layers_of, read, saved_modules
 from fadapt.method import Method
 from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
 from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
@@ -69,7 +69,8 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
             raise CheckpointError(f"{WEIGHTS}: {error}") from error
         params[path] = type(leaf)(*(tensor.to(base.device) for tensor in leaf))
     params |= _take_saved(rest, model, method)
-    _check_rest(rest, model, [join(p, "*") for p in layers])
+    if rest:
+        _check_rest(rest, model, [join(p, "*") for p in layers])
     return fmt.convert(params, method, model)
 
 
@@ -207,10 +208,9 @@ def _check_adapter(
     try:
         at = method.at(paths)
         if model is not None:
-            from fadapt.functional import bind
-
             bind(model, method)._check(params)
             check_aliases(paths, model)
+            fmt.convert(dict(params), method, model)  # what will have to work when it is loaded
     except FadaptError as error:
         raise CheckpointError(f"not saved: {error}") from error
     for path, leaf in params.items():

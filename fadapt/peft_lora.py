@@ -81,6 +81,7 @@ def _read(options: Mapping[str, Any], shared: dict[str, Any]) -> LoRA:
 
 
 def _write(method: LoRA, paths: Sequence[str]) -> dict[str, Any]:
+    _check_bias(method)
     alphas = dict(method.alpha_pattern)
     if method.alpha is None:  # alpha is each layer's own rank
         alphas |= {k: r for k, r in method.rank_pattern.items() if k not in alphas}
@@ -123,17 +124,19 @@ def _convert(params: dict[str, Any], method: LoRA, model: nn.Module) -> tuple[di
     """
     if method.init not in ("pissa", "olora"):
         return params, method
+    _check_bias(method)
     at = method.at(list(layers_of(model, method)))
     doubled = dict(params)
     for path, layer in layers_of(model, method).items():
         base = read(path, layer)
         if not isinstance(base, Dense):
             raise CheckpointError(
-                f"init_lora_weights={method.init!r}: this adapter belongs to the residual of the "
-                f"float weights, and layer {path!r} is a {type(base).__name__}, from which these "
-                "cannot be had. Load it on the float model; or save it from PEFT relative to the "
-                "original weights: save_pretrained(folder, "
-                "path_initial_model_for_weight_conversion=...)."
+                f"init_lora_weights={method.init!r}: such an adapter belongs to a residual that "
+                f"PEFT computes from float weights, and layer {path!r} is a {type(base).__name__}. To "
+                "load, use the float model, or save again from PEFT relative to the original "
+                "weights (save_pretrained(folder, path_initial_model_for_weight_conversion=...)). "
+                "To save, give dataclasses.replace(method, init='kaiming'), and load it over the "
+                "residual state that it was trained on."
             )
         first, _ = replace(at[path], dtype=torch.float32).init_layer(base, None)
         A, B = params[path].lora_A, params[path].lora_B
@@ -149,6 +152,15 @@ def _convert(params: dict[str, Any], method: LoRA, model: nn.Module) -> tuple[di
         rank_pattern={k: 2 * r for k, r in method.rank_pattern.items()},
         alpha_pattern={k: grow * a for k, a in method.alpha_pattern.items()},
     )
+
+
+def _check_bias(method: LoRA) -> None:
+    if method.init in ("pissa", "olora") and method.lora_bias:
+        raise CheckpointError(
+            f"PEFT has no lora_bias with init_lora_weights={method.init!r}. To save, give "
+            "dataclasses.replace(method, init='kaiming'), and load it over the residual state that "
+            "it was trained on."
+        )
 
 
 def _number(value: float) -> float:

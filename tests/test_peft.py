@@ -232,6 +232,15 @@ def test_pissa_and_olora_are_relative_to_the_residual(init, rslora, tmp_path):
 
     with pytest.raises(fa.errors.CheckpointError, match="Int8"):
         fa.load_peft(tmp_path / "ours", llama("int8"))
+    with pytest.raises(fa.errors.CheckpointError, match="init='kaiming'"):
+        fa.save_peft(tmp_path / "int8", fa.init(lora, llama("int8"))[0], lora, llama("int8"))
+
+
+def test_a_residual_with_a_learned_bias_is_refused(tmp_path):
+    method = fa.LoRA(rank=2, targets=["up_proj"], init="pissa", lora_bias=True)
+    params, _ = fa.init(method, llama())
+    with pytest.raises(fa.errors.CheckpointError, match="lora_bias"):
+        fa.save_peft(tmp_path, params, method)
 
 
 def test_alpha_that_follows_the_rank(tmp_path):

@@ -321,3 +321,14 @@ def test_a_round_trip_is_the_same_function_and_the_same_bytes(tmp_path_factory, 
     first = {p.name: p.read_bytes() for p in folder.iterdir()}
     fa.save_peft(folder, again, loaded, MODEL if told else None)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == first
+
+
+def test_a_config_of_an_old_version(folder):
+    old = {"base_model_name_or_path": "a/b", "bias": "none", "enable_lora": None, "r": 2}
+    old |= {"fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 3, "lora_dropout": 0.05}
+    old |= {"merge_weights": False, "modules_to_save": ["head"], "peft_type": "LORA"}
+    old |= {"target_modules": ["up", "down"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(old))
+    params, method = fa.load_peft(folder, MODEL)
+    assert method.dropout == 0.05
+    assert torch.equal(fa.bind(MODEL, method)(params, X), fa.bind(MODEL, METHOD)(adapter(), X))
