@@ -132,8 +132,8 @@ def _convert(params: dict[str, Any], method: LoRA, model: nn.Module) -> tuple[di
         if not isinstance(base, Dense):
             raise CheckpointError(
                 f"init_lora_weights={method.init!r}: such an adapter belongs to a residual that "
-                f"PEFT computes from float weights, and layer {path!r} is a {type(base).__name__}. To "
-                "load, use the float model, or save again from PEFT relative to the original "
+                f"PEFT computes from float weights, and layer {path!r} is a {type(base).__name__}. "
+                "To load, use the float model, or save again from PEFT relative to the original "
                 "weights (save_pretrained(folder, path_initial_model_for_weight_conversion=...)). "
                 "To save, give dataclasses.replace(method, init='kaiming'), and load it over the "
                 "residual state that it was trained on."
