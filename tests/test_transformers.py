@@ -190,9 +190,8 @@ def test_forward_mode_through_sdpa_by_its_math_backend():
     close(got, want, GRADIENT)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-int8"])
-def test_compiled(name):
-    c = case(name)
+def test_compiled_over_int8():
+    c = case("llama-int8")
     run = lambda p, x: c.out(p, x, use_cache=False)  # noqa: E731
     got = torch.compile(run, fullgraph=True, backend="aot_eager")(c.adapters[0], c.ids)
     close(got, run(c.adapters[0], c.ids), VALUE)
@@ -201,12 +200,49 @@ def test_compiled(name):
     close(got, step(c.many, c.idss), GRADIENT)
 
 
-def test_compiled_by_inductor():
+def one_block():
     model = llama(num_hidden_layers=1, attn_implementation="eager")
     method = fa.LoRA(rank=2, targets=["q_proj", "down_proj"])
     forward = fa.bind(model, method)
     fresh = fa.init(method, model, generator=seeded())
-    many = fa.stack([randomized(fresh, seed) for seed in range(K)])
-    ids = case("llama").idss
-    step = vmap(grad(lambda p, x: forward(p, x, use_cache=False).logits.sin().mean()))
-    close(torch.compile(step, fullgraph=True)(many, ids), step(many, ids), GRADIENT)
+    adapters = [randomized(fresh, seed) for seed in range(K)]
+    run = lambda p, x: forward(p, x, use_cache=False).logits  # noqa: E731
+    return run, lambda p, x: run(p, x).sin().mean(), adapters, case("llama").idss
+
+
+def test_compiled_by_inductor():
+    run, loss, adapters, idss = one_block()
+    close(
+        torch.compile(run, fullgraph=True)(adapters[0], idss[0]), run(adapters[0], idss[0]), VALUE
+    )
+    step, many = vmap(grad(loss)), fa.stack(adapters)
+    close(torch.compile(step, fullgraph=True)(many, idss), step(many, idss), GRADIENT)
+
+
+def corner(run):
+    return lambda p, x: run(p, x)[0, :2, :2]
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda run, loss: lambda p, q, x: vmap(run)(fa.stack([p, q]), x[:2]),
+        lambda run, loss: (
+            lambda p, q, x: grad(lambda m: vmap(loss)(m, x[:2]).sum())(fa.stack([p, q]))
+        ),
+        lambda run, loss: lambda p, q, x: jvp(lambda p: run(p, x[0]), (p,), (q,))[1],
+        lambda run, loss: lambda p, q, x: jacrev(corner(run))(p, x[0]),
+        lambda run, loss: lambda p, q, x: jacfwd(corner(run))(p, x[0]),
+        lambda run, loss: (
+            lambda p, q, x: grad(
+                lambda p: sum(t.square().sum() for t in grad(loss)(p, x[0]).values() for t in t)
+            )(p)
+        ),
+    ],
+    ids=["vmap", "grad_of_vmap", "jvp", "jacrev", "jacfwd", "grad_of_grad"],
+)
+def test_every_transform_compiled(transform):
+    run, loss, (p, q, _), idss = one_block()
+    call = transform(run, loss)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(p, q, idss)
+    close(got, call(p, q, idss), GRADIENT)
