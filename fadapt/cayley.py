@@ -5,8 +5,8 @@
 
 Of many adapters, R is small work over much memory. So on a CPU it is built a few blocks at a time,
 which stay in the cache from one operation to the next, and built again in the backward, which saves
-the vectors alone (and R, of the exact form): up to twice as fast. Elsewhere the same operations run
-once over all blocks.
+the vectors alone (and R, of the exact form): up to twice as fast. On a GPU the same operations run
+once over all blocks; the exact form is an inverse made of products, whose derivative is R's own.
 """
 
 import math
@@ -27,11 +27,12 @@ _CHUNK_BYTES = 2**18
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
-    if vectors.device.type != "cpu" or torch.compiler.is_compiling():
+    on_cpu = vectors.device.type == "cpu"
+    if torch.compiler.is_compiling() or not (on_cpu or coefficients is None):
         return _plain(vectors, coefficients)
     level = torch._C._functorch.peek_interpreter_stack()
     if level is None:
-        blockwise = 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
+        blockwise = not on_cpu or 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
     else:
         # Unwrapped by vmap, the stack of them comes here again; any other transform wants the
         # derivative of the plain form.
@@ -60,9 +61,37 @@ def skew(vectors: Tensor) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q) (I + Q)^-1``, orthogonal for a skew-symmetric Q ``[..., b, b]``."""
     eye = eye_like(Q)
-    # I + Q is never singular, and to ask whether it was makes a GPU wait.
-    R: Tensor = torch.linalg.solve_ex(eye + Q, eye - Q, left=False).result
+    if Q.device.type != "cpu":
+        X = _inverse(eye + Q)
+        X = X + X @ (eye - (eye + Q) @ X)  # Newton's step: a large Q loses digits in the halves
+        return 2 * X - eye
+    R: Tensor = torch.linalg.solve(eye + Q, eye - Q, left=False)
     return R
+
+
+def _inverse(M: Tensor) -> Tensor:
+    """The inverse of ``[..., b, b]`` whose symmetric part is positive definite, as I + Q's is.
+
+    By halves, with Schur's complement, which such a matrix needs no pivots for. A solve of larger
+    blocks makes a GPU wait for the host, and cannot be captured into a CUDA graph.
+    """
+    size = M.shape[-1]
+    if size <= 16:
+        inverse: Tensor = torch.linalg.solve_ex(M, eye_like(M).expand_as(M)).result
+        return inverse
+    half = size // 2
+    A, B, C, D = (
+        M[..., :half, :half],
+        M[..., :half, half:],
+        M[..., half:, :half],
+        M[..., half:, half:],
+    )
+    inner = _inverse(A)
+    left = C @ inner
+    corner = _inverse(D - left @ B)
+    right = -(inner @ B) @ corner
+    top = torch.cat([inner - right @ left, right], -1)
+    return torch.cat([top, torch.cat([-(corner @ left), corner], -1)], -2)
 
 
 def polynomial(X: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -131,6 +160,8 @@ class _Blockwise(Function):
     @staticmethod
     def forward(vectors: Tensor, coefficients: Coefficients) -> Tensor:
         size = size_of(vectors.shape[-1])
+        if vectors.device.type != "cpu":
+            return cayley(skew(vectors))
         out = vectors.new_empty(*vectors.shape[:-1], size, size)
         flat, rows = out.view(-1, size, size), vectors.reshape(-1, vectors.shape[-1])
         upper, lower = _triangles(size, vectors.device)
@@ -156,6 +187,9 @@ class _Blockwise(Function):
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         vectors, R = ctx.saved_tensors
         # A derivative of this derivative is wanted, or many at once by torch.autograd's own vmap.
+        if R is not None and g.device.type != "cpu" and not torch.is_grad_enabled():
+            half = (R + eye_like(R)).mT
+            return _fold(half @ g @ half / -2), None
         if torch.is_grad_enabled() or is_batched(g):
             return _fold(_derivative(skew(vectors).mT, g, ctx.coefficients)), None
         out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
