@@ -93,7 +93,7 @@ def format_named(config: Mapping[str, Any]) -> Format:
     peft_type = config.get("peft_type")
     if config.get("use_dora"):
         peft_type = f"{peft_type} with use_dora"
-    if peft_type not in _MODULES:
+    if not isinstance(peft_type, str) or peft_type not in _MODULES:
         raise CheckpointError(
             f"adapter_config.json: peft_type is {peft_type!r}; fadapt reads "
             f"{', '.join(sorted(_MODULES))}.{near(str(peft_type), _MODULES)}"

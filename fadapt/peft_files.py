@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The content of ``adapter_model.safetensors``."""
+    _need_safetensors()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -60,6 +62,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Replace both files, so that whenever the process ends the folder holds the old pair, the new
     one, or (for an instant) no config; never a mixture."""
+    _need_safetensors()
     from safetensors.torch import save
 
     # Copies: safetensors refuses views of one storage, such as the slices of a stack.
@@ -87,3 +90,10 @@ def write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     finally:
         for temporary, _ in new:
             temporary.unlink(missing_ok=True)
+
+
+def _need_safetensors() -> None:
+    if find_spec("safetensors") is None:
+        raise CheckpointError(
+            "PEFT's checkpoints are safetensors files: pip install 'fadapt[peft]' (or safetensors)."
+        )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -323,6 +324,13 @@ def test_a_round_trip_is_the_same_function_and_the_same_bytes(tmp_path_factory, 
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == first
 
 
+def test_without_safetensors_the_error_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr("fadapt.peft_files.find_spec", lambda name: None)
+    assert_refused(folder, "pip install")
+    with pytest.raises(CheckpointError, match="pip install"):
+        fa.save_peft(folder, adapter(), METHOD)
+
+
 def test_a_config_of_an_old_version(folder):
     old = {"base_model_name_or_path": "a/b", "bias": "none", "enable_lora": None, "r": 2}
     old |= {"fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 3, "lora_dropout": 0.05}
@@ -332,3 +340,42 @@ def test_a_config_of_an_old_version(folder):
     params, method = fa.load_peft(folder, MODEL)
     assert method.dropout == 0.05
     assert torch.equal(fa.bind(MODEL, method)(params, X), fa.bind(MODEL, METHOD)(adapter(), X))
+
+
+VALUES = [None, True, 0, -1, 7, 1.5, 1e400, "", "x", "(", [], [1], ["x"], [None], {}, {"x": 1}]
+VALUES += [{"up": -1}, {"(": 1}, {"up": "x"}, [["up"]], "up"]
+
+
+@pytest.mark.filterwarnings("ignore:adapter_config.json:UserWarning")
+def test_any_value_of_any_option_loads_or_is_a_checkpoint_error(folder):
+    path = folder / "adapter_config.json"
+    whole = json.loads(path.read_text())
+    loaded = 0
+    for option in whole:
+        for value in VALUES:
+            path.write_text(json.dumps(whole | {option: value}))
+            try:
+                params, method = fa.load_peft(folder, MODEL)
+            except CheckpointError:
+                continue
+            assert fa.bind(MODEL, method)(params, X).shape == (2, 3)
+            loaded += 1
+    assert loaded > len(whole)  # null at the least is an option's default
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 255), st.booleans())
+def test_any_broken_byte_loads_or_is_a_checkpoint_error(tmp_path_factory, where, byte, weights):
+    folder = tmp_path_factory.mktemp("bytes")
+    fa.save_peft(folder, adapter(), METHOD)
+    path = folder / ("adapter_model.safetensors" if weights else "adapter_config.json")
+    data = bytearray(path.read_bytes())
+    data[where % len(data)] = byte
+    path.write_bytes(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            params, method = fa.load_peft(folder, MODEL)
+    except CheckpointError:
+        return
+    assert fa.bind(MODEL, method)(params, X).shape == (2, 3)
