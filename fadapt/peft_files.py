@@ -38,7 +38,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The content of ``adapter_model.safetensors``."""
     _need_safetensors()
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = folder / WEIGHTS
     if not path.is_file():
@@ -51,7 +51,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             )
         raise CheckpointError(f"{str(folder)!r} has no {WEIGHTS}.")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        # Not load_file: it maps the file, and who writes into the file writes into the tensors.
+        tensors: dict[str, Tensor] = load(path.read_bytes())
     except SafetensorError as error:
         raise CheckpointError(
             f"{str(path)!r} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}."

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fadapt as fa
 from fadapt.errors import CheckpointError
@@ -69,6 +70,16 @@ def test_reading_and_writing_are_pure(folder):
     assert_pure(lambda: fa.save_peft(folder, params, method, MODEL), MODEL, params)
     got = fa.bind(MODEL, method)(params, X)
     assert torch.equal(got, fa.bind(MODEL, METHOD)(adapter(), X))
+
+
+def test_what_was_loaded_is_no_longer_the_file(folder):
+    params, _ = fa.load_peft(folder, MODEL)
+    path = folder / "adapter_model.safetensors"
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    want = tree_leaves(adapter())
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(params), want, strict=True))
+    params["up"].lora_A.add_(1)  # and it can be written to
 
 
 def test_folders(tmp_path, folder):
