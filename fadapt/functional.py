@@ -15,6 +15,8 @@ masks that vmap maps over               additive ones, ``[batch, 1, queries, key
                                         looks into those of ``[batch, keys]``
 vmap that returns the model's output    ``use_cache=False``: a cache is no pytree
 torch.compile(fullgraph=True)           ``attn_implementation="eager"``, ``use_cache=False``
+dropout of the model's own, in training ``model.eval()`` before ``bind`` (the adapter's dropout is
+                                        another), or ``vmap(..., randomness="different")``
 activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward()``; no transform
 ======================================= ==========================================================
 """

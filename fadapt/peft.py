@@ -31,8 +31,9 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
 
     Returns:
         ``(params, method)``: ``bind(model, method)(params, x)`` is what PEFT computes. Dtypes are
-        the file's, devices those of the layers. PiSSA and OLoRA adapters, which PEFT keeps relative
-        to a residual of the weights, come back as plain LoRA of twice the rank.
+        the file's, devices those of the layers; PEFT computes with a float16 or bfloat16 adapter in
+        float32, as ``tree_map(Tensor.float, params)`` does here. PiSSA and OLoRA adapters, which
+        PEFT keeps relative to a residual of the weights, come back as plain LoRA of twice the rank.
 
     Raises:
         CheckpointError: a file is missing, broken or pickled; a key that nothing claims, or a

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_structure
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 from torchao.quantization import Int8WeightOnlyConfig, PerRow, quantize_
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -283,6 +283,18 @@ def test_low_precision_bases_under_float32_adapters(base, dtype, tmp_path):
     # Some dozen roundings to the base's dtype follow one another through two blocks, and here or
     # there one of them falls the other way.
     assert_same(got, want, 8 * torch.finfo(dtype).eps)
+
+
+def test_a_low_precision_adapter_made_float32_is_what_peft_computes(tmp_path):
+    model = llama()
+    method = fa.LoRA(rank=2, targets=["q_proj", "up_proj"], dtype=torch.bfloat16)
+    params = randomized(fa.init(method, model, generator=torch.Generator().manual_seed(0)), 0)
+    fa.save_peft(tmp_path, params, method)
+    want = out(PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval())
+    forward = fa.bind(model, method)
+    assert_same(forward(tree_map(torch.Tensor.float, params), IDS).logits, want)
+    # Computed in its own dtype, the update is rounded to it some dozen times.
+    assert_same(forward(params, IDS).logits, want, 8 * torch.finfo(torch.bfloat16).eps)
 
 
 PATHS = ["q_proj", "v_proj", "gate_proj", "down_proj"]

@@ -117,6 +117,20 @@ def test_vmap_returns_the_model_s_own_output_class(name):
     close(got.hidden_states, stacked([w.hidden_states for w in want]), VALUE)
 
 
+def test_vmap_over_a_model_with_dropout_of_its_own():
+    c = case("bert")
+    forward = fa.bind(copy.deepcopy(c.model).train(), c.method)
+    run = lambda p: hidden(forward(p, c.ids))  # noqa: E731
+    twice = fa.stack([c.adapters[0], c.adapters[0]])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        first, second = vmap(run, randomness="different")(twice)
+        assert not torch.allclose(first, second)
+        first, second = vmap(run, randomness="same")(twice)
+        close(first, second, VALUE)
+        first, second = vmap(lambda p: c.out(p, c.ids))(twice)  # bound in evaluation mode
+        close(first, c.out(c.adapters[0], c.ids), VALUE)
+
+
 @both_kinds
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients(name, attention):
