@@ -238,7 +238,7 @@ def _checked(config: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
                 f"{name}: {key}={value!r} is an option that fadapt does not know, and so cannot "
                 f"tell whether it changes the outputs.{near(key, every)}"
             )
-        if value != fmt.off[key] and value not in ({}, []):
+        if value != fmt.off[key]:  # nor {}: to PEFT it is a variant with its defaults
             raise CheckpointError(
                 f"{name}: {key}={value!r} changes the outputs, and fadapt does not support it "
                 f"(only {fmt.off[key]!r})."

@@ -123,6 +123,10 @@ CONFIGS = {
         "layers_to_transform": [1],
         "layers_pattern": "layers",
     },
+    "whole path": {
+        "target_modules": ["model.layers.0.mlp.up_proj", "v_proj"],
+        "layers_to_transform": 1,
+    },
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "orthogonal": {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
@@ -246,6 +250,15 @@ def test_a_residual_with_a_learned_bias_is_refused(tmp_path):
 def test_alpha_that_follows_the_rank(tmp_path):
     model = llama()
     method = fa.LoRA(rank=4, targets=["q_proj", "up_proj"], rank_pattern={"up_proj": 2})
+    params = randomized(fa.init(method, model, generator=torch.Generator().manual_seed(0)), 0)
+    fa.save_peft(tmp_path, params, method)
+    again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    assert_same(out(again), fa.bind(model, method)(params, IDS).logits)
+
+
+def test_a_learned_bias_whatever_the_initialisation(tmp_path):
+    model = llama()
+    method = fa.LoRA(rank=2, targets=["up_proj"], lora_bias=True, init="gaussian")
     params = randomized(fa.init(method, model, generator=torch.Generator().manual_seed(0)), 0)
     fa.save_peft(tmp_path, params, method)
     again = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()

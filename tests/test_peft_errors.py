@@ -167,6 +167,7 @@ def test_the_base_s_own_tensors(folder):
         ("use_qalora", True),
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {}),
         ("kasa_config", {"beta": 0.1}),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("megatron_config", {"a": 1}),
