@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -100,6 +101,31 @@ def _aqlm(model: nn.Module) -> nn.Module:
     return quantize_model(model, generator=torch.Generator().manual_seed(0))
 
 
+def _inc_fp8(model: nn.Module) -> nn.Module:
+    """INC's own prepare and convert, E4M3 with a scale a channel; the activations' range is that of
+    256 tokens drawn from the vocabulary, always the same."""
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    names = [n for n, m in model.named_modules() if m is output]
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]  # type: ignore[index]
+    size = model.config.vocab_size  # type: ignore[union-attr]
+    tokens = torch.randint(size, (4, 64), generator=torch.Generator().manual_seed(0))
+    with quiet(), TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        from neural_compressor.torch.quantization import FP8Config, convert, prepare
+
+        config = FP8Config(
+            use_qdq=model.device.type != "hpu",
+            scale_method="act_maxabs_pow2_weights_pcs_maxabs_pow2",
+            hp_dtype=dtype,
+            observer="maxabs",
+            blocklist={"types": [], "names": names},
+            dump_stats_path=f"{folder}/stats",
+        )
+        model = prepare(model, config)
+        with torch.no_grad():
+            model(tokens.to(model.device))
+        return convert(model)  # type: ignore[no-any-return]
+
+
 def _int8(model: nn.Module) -> nn.Module:
     with quiet():
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -119,6 +145,7 @@ def _int8(model: nn.Module) -> nn.Module:
 QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int8": _int8,
     "aqlm": _aqlm,
+    "inc-fp8": _inc_fp8,
     "dense": _dense,
 }
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import inc_layers
 from aqlm_layers import quantized
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -95,6 +96,16 @@ def group() -> Any:
     return Int8WeightOnlyConfig(granularity=PerGroup(4))
 
 
+def inc(hp: str, method: str = "maxabs_arbitrary") -> Callable[[int, int], nn.Module]:
+    """INC's layers, calibrated wide enough for nothing to be clipped."""
+
+    def layer(n_in: int, n_out: int) -> nn.Module:
+        x = 4 * torch.ones(1, n_in)
+        return inc_layers.quantized(nn.Sequential(dense(n_in, n_out)), x, method, hp)[0]
+
+    return layer
+
+
 def aqlm(fmt: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
     """Layers of ``aqlm.QuantizedLinear``: codebooks, bits, in group, out group."""
     return lambda n_in, n_out: quantized(fmt, n_in, n_out, dtype)
@@ -124,6 +135,8 @@ BASES = (
     BaseRow("int8-dynamic-bf16", torchao(dynamic, BF16), BF16, rounds=True),
     BaseRow("int8-dynamic-f16", torchao(dynamic, F16), F16, rounds=True),
     # AQLM scales W and rounds it to its dtype, fadapt the product; sums are in another order.
+    BaseRow("inc-f32", inc("fp32"), F32, rounds=True, compiled=True),
+    BaseRow("inc-channel-bf16", inc("bf16", inc_layers.PCS), BF16, rounds=True),
     BaseRow("aqlm-2x8-f32", aqlm((2, 8, 8, 1), F32), F32, bound=1e-6, gradcheck=True),
     BaseRow("aqlm-3x4-f32", aqlm((3, 4, 4, 2), F32), F32, bound=1e-6, compiled=True),
     BaseRow("aqlm-1x16-bf16", aqlm((1, 16, 8, 1), BF16), BF16, bound=2 * 2**-7),

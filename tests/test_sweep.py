@@ -335,10 +335,11 @@ def test_other_methods_train_at_once_as_well_and_go_on_from_their_folders(paths,
     assert further["held_out_loss"] < one["held_out_loss"]
 
 
-def test_the_aqlm_base_is_encoded_and_trained_over(paths, tmp_path, capsys):
+@pytest.mark.parametrize(("base", "kind"), [("aqlm", "Aqlm"), ("inc-fp8", "IncFp8")])
+def test_another_base_is_made_and_trained_over(paths, tmp_path, capsys, base, kind):
     out, model = tmp_path / "run", make_model(tmp_path / "model", layers=1)
-    more = ("--base", "aqlm", "--lr", "0.02", "--targets", "q_proj,down_proj")
+    more = ("--base", base, "--lr", "0.02", "--targets", "q_proj,down_proj")
     assert cli.main(flags((model, paths[1]), out, *more, "--steps", "20")) == 0
-    assert "2 Aqlm layers, frozen" in capsys.readouterr().out
+    assert f"2 {kind} layers, frozen" in capsys.readouterr().out
     best = json.loads((out / "results.json").read_text())["adapters"][0]
     assert best["held_out_loss"] < best["base_loss"] - 0.1

@@ -4,6 +4,7 @@ A grid is a scale (and a zero point) a block, and codes: integers, or small floa
 what chooses scales, needs no more than that; so each is written once, for every format.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -141,8 +142,10 @@ class Grid:
         return values.reshape(*self.scale.shape, -1)
 
     def _inside(self, levels: Tensor) -> Tensor:
-        if self.kind.is_floating_point:  # a rounding of the division, no more
-            return levels.abs() <= self.high * (1 + 1e-6)
+        if self.kind.is_floating_point:
+            # What rounds to the last code: a W that was rounded to bfloat16 may lie beyond it.
+            half = 2.0 ** math.floor(math.log2(self.high)) * torch.finfo(self.kind).eps / 2
+            return levels.abs() < self.high + half
         return (levels.round() >= self.low) & (levels.round() <= self.high)
 
     def _fits(self, reach: Tensor) -> Tensor:

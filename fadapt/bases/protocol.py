@@ -70,6 +70,7 @@ R = TypeVar("R", bound=Reader)
 # imported. So `import fadapt` imports no backend, and a backend that is absent costs nothing.
 _FAMILIES = {
     "aqlm": "fadapt.bases.aqlm",
+    "neural_compressor": "fadapt.bases.inc_fp8",
     "torchao": "fadapt.bases.int8",
     "transformers": "fadapt.bases.conv1d",
 }
@@ -149,8 +150,8 @@ def base_of(module: nn.Module) -> Base:
         raise UnsupportedLayerError(
             f"{type(module).__module__}.{type(module).__qualname__} is not a layer that fadapt can "
             "adapt. Supported: nn.Linear (dense, or with a torchao weight), transformers' Conv1D, "
-            "aqlm.QuantizedLinear. For a layer of your own, register a reader with "
-            "fadapt.register_base."
+            "aqlm.QuantizedLinear, INC's PatchedLinear. For a layer of your own, register a reader "
+            "with fadapt.register_base."
         )
     return reader(module)
 
