@@ -67,10 +67,11 @@ def rebuilt(layer: nn.Module, old: Base, new: Any) -> nn.Module:
 
         fresh: nn.Module = aqlm_layer(new).train(layer.training)
         return fresh
-    if type(new).__module__ == "fadapt.bases.inc_fp8" and type(new) is type(old):
+    if type(new).__module__ == "fadapt.bases.inc_fp8" and type(old) is type(new):
         from fadapt.bases.inc_fp8 import inc_layer
 
-        return inc_layer(new, layer)
+        base: Any = new
+        return inc_layer(base, layer)
     state = new.state()
     if type(new) is not type(old):
         if set(state) - {"weight", "bias"}:

@@ -104,16 +104,16 @@ def _aqlm(model: nn.Module) -> nn.Module:
 def _inc_fp8(model: nn.Module) -> nn.Module:
     """INC's own prepare and convert, E4M3 with a scale a channel; the activations' range is that of
     256 tokens drawn from the vocabulary, always the same."""
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    names = [n for n, m in model.named_modules() if m is output]
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]  # type: ignore[index]
-    size = model.config.vocab_size  # type: ignore[union-attr]
-    tokens = torch.randint(size, (4, 64), generator=torch.Generator().manual_seed(0))
+    lm: Any = model
+    names = [n for n, m in model.named_modules() if m is lm.get_output_embeddings()]
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[lm.dtype]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(lm.config.vocab_size, (4, 64), generator=generator).to(lm.device)
     with quiet(), TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         from neural_compressor.torch.quantization import FP8Config, convert, prepare
 
         config = FP8Config(
-            use_qdq=model.device.type != "hpu",
+            use_qdq=lm.device.type != "hpu",
             scale_method="act_maxabs_pow2_weights_pcs_maxabs_pow2",
             hp_dtype=dtype,
             observer="maxabs",
@@ -122,7 +122,7 @@ def _inc_fp8(model: nn.Module) -> nn.Module:
         )
         model = prepare(model, config)
         with torch.no_grad():
-            model(tokens.to(model.device))
+            model(tokens)
         return convert(model)  # type: ignore[no-any-return]
 
 

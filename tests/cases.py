@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import inc_layers
+import torch
 from aqlm_layers import quantized
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map

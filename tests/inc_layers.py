@@ -67,6 +67,6 @@ def linear(n_in: int, n_out: int, bias: bool = True, seed: int = 0) -> nn.Linear
 
 
 def inc_layer(n_in: int, n_out: int, bias: bool = True, **settings: str) -> nn.Module:
-    """One layer ``[n_in] -> [n_out]``; calibrated so that normal inputs are clipped now and then."""
+    """One layer ``[n_in] -> [n_out]``; some normal inputs lie beyond its range."""
     x = normal(16, n_in, seed=3).clamp(-1.5, 1.5)
     return quantized(nn.Sequential(linear(n_in, n_out, bias)), x, **settings)[0]

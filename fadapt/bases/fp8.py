@@ -136,7 +136,8 @@ def scaled_product(
         y = torch._scaled_mm(rows, codes.mT, x_rows, scale.mT, out_dtype=static.result)
     else:
         y = (rows.float() @ codes.float().mT * x_rows * scale.flatten()).to(static.result)
-    return y.reshape(*rounded.shape[:-1], codes.shape[0])
+    product: Tensor = y.reshape(*rounded.shape[:-1], codes.shape[0])
+    return product
 
 
 def gaudi(device: torch.device) -> bool:

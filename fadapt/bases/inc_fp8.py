@@ -186,7 +186,7 @@ def inc_layer(base: IncFp8, layer: nn.Module) -> nn.Module:
     if base.bias is not None:
         fresh.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
     *path, name = base.layer.scale_name.split(".")
-    owner = fresh.get_submodule(".".join(path))
+    owner: Any = fresh.get_submodule(".".join(path))
     if base.layer.held is not None:
         setattr(owner, name, float(base.scale))
         if base.layer.mode == "fake":
