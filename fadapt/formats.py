@@ -22,7 +22,8 @@ def like_named(name: str, base: Base) -> Any:
 
     Args:
         name: ``"dense"`` (in the base's dtype), ``"float32"``, ``"bfloat16"``, ``"float16"``;
-            torchao's ``"int8"`` (a scale a row), ``"int8-tensor"``, ``"int8-group32"`` (any
+            torchao's ``"float8"`` and
+            ``"int8"`` (a scale a row), ``"int8-tensor"``, ``"int8-group32"`` (any
             number), ``"int8-dynamic"`` (activations rounded too).
         base: what the layer is now.
 
@@ -30,6 +31,10 @@ def like_named(name: str, base: Base) -> Any:
         ConfigError: no such format, or it does not fit the shape.
     """
     shape = (base.out_features, base.in_features)
+    if name == "float8":
+        from fadapt.bases.float8 import empty_float8
+
+        return empty_float8(base)
     if name in _DENSE:
         weight = torch.empty(shape, dtype=_DENSE[name] or base.dtype, device=base.device)
         turned = isinstance(base, Dense) and base.transposed  # transformers' Conv1D
@@ -38,7 +43,7 @@ def like_named(name: str, base: Base) -> Any:
     if found:
         return _int8(found[1] or "", int(found[2] or 0), base)
     raise ConfigError(
-        f"to={name!r}: no such format. Formats: {', '.join(_DENSE)}, int8, int8-tensor, "
+        f"to={name!r}: no such format. Formats: {', '.join(_DENSE)}, float8, int8, int8-tensor, "
         "int8-group<size>, int8-dynamic."
     )
 

@@ -128,15 +128,27 @@ def _inc_fp8(model: nn.Module) -> nn.Module:
 
 def _int8(model: nn.Module) -> nn.Module:
     with quiet():
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import Int8WeightOnlyConfig
+    return _torchao(model, Int8WeightOnlyConfig())
+
+
+def _float8(model: nn.Module) -> nn.Module:
+    with quiet():
+        from torchao.quantization import Float8WeightOnlyConfig
+    return _torchao(model, Float8WeightOnlyConfig())
+
+
+def _torchao(model: nn.Module, config: Any) -> nn.Module:
+    from torchao.quantization import quantize_
+
     output = model.get_output_embeddings()  # type: ignore[operator]
     wanted = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not output]
     if not wanted:
         raise ConfigError(
-            f"--base int8: this {type(model).__name__} has no nn.Linear that torchao quantizes "
+            f"--base: this {type(model).__name__} has no nn.Linear that torchao quantizes "
             "(GPT-2's layers are Conv1D); use --base dense."
         )
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, _: any(m is w for w in wanted))
+    quantize_(model, config, filter_fn=lambda m, _: any(m is w for w in wanted))
     return model
 
 
@@ -144,6 +156,7 @@ def _int8(model: nn.Module) -> nn.Module:
 # settings.BASES names the same.
 QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int8": _int8,
+    "float8": _float8,
     "aqlm": _aqlm,
     "inc-fp8": _inc_fp8,
     "dense": _dense,

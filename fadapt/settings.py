@@ -33,7 +33,13 @@ def _number(kind: type, low: float, high: float = float("inf"), open_low: bool =
 COUNT, SEED = _number(int, 1), _number(int, 0)
 POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
 SHARE = _number(float, 0, 1)
-BASES = ("int8", "aqlm", "inc-fp8", "dense")  # fadapt.models.QUANTIZERS has one entry for each
+BASES = (
+    "int8",
+    "float8",
+    "aqlm",
+    "inc-fp8",
+    "dense",
+)  # fadapt.models.QUANTIZERS has one entry for each
 METHODS = ("lora", "dora", "oft")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

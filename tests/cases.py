@@ -15,8 +15,11 @@ from aqlm_layers import quantized
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchao.quantization import (
+    Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     PerGroup,
     PerRow,
     quantize_,
@@ -111,6 +114,15 @@ def aqlm(fmt: tuple[int, int, int, int], dtype: torch.dtype) -> Callable[[int, i
     return lambda n_in, n_out: quantized(fmt, n_in, n_out, dtype)
 
 
+def int4() -> Any:
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(4))
+
+
+def int4_dynamic() -> Any:
+    kind = PerGroup(4)
+    return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=kind)
+
+
 dynamic = Int8DynamicActivationInt8WeightConfig
 
 
@@ -135,6 +147,11 @@ BASES = (
     BaseRow("int8-dynamic-bf16", torchao(dynamic, BF16), BF16, rounds=True),
     BaseRow("int8-dynamic-f16", torchao(dynamic, F16), F16, rounds=True),
     # AQLM scales W and rounds it to its dtype, fadapt the product; sums are in another order.
+    BaseRow("float8-row-f32", torchao(Float8WeightOnlyConfig, F32), F32, compiled=True),
+    BaseRow("float8-row-bf16", torchao(Float8WeightOnlyConfig, BF16), BF16, bound=lowered(BF16)),
+    BaseRow("int4-group-f32", torchao(int4, F32), F32, bound=1e-6, gradcheck=True, compiled=True),
+    BaseRow("int4-group-bf16", torchao(int4, BF16), BF16, bound=2 * 2**-7),
+    BaseRow("int4-dynamic-bf16", torchao(int4_dynamic, BF16), BF16, rounds=True, bound=2 * 2**-7),
     BaseRow("inc-f32", inc("fp32"), F32, rounds=True, compiled=True),
     BaseRow("inc-channel-bf16", inc("bf16", inc_layers.PCS), BF16, rounds=True),
     BaseRow("aqlm-2x8-f32", aqlm((2, 8, 8, 1), F32), F32, bound=1e-6, gradcheck=True),

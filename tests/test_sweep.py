@@ -335,7 +335,9 @@ def test_other_methods_train_at_once_as_well_and_go_on_from_their_folders(paths,
     assert further["held_out_loss"] < one["held_out_loss"]
 
 
-@pytest.mark.parametrize(("base", "kind"), [("aqlm", "Aqlm"), ("inc-fp8", "IncFp8")])
+@pytest.mark.parametrize(
+    ("base", "kind"), [("float8", "Float8"), ("aqlm", "Aqlm"), ("inc-fp8", "IncFp8")]
+)
 def test_another_base_is_made_and_trained_over(paths, tmp_path, capsys, base, kind):
     out, model = tmp_path / "run", make_model(tmp_path / "model", layers=1)
     more = ("--base", base, "--lr", "0.02", "--targets", "q_proj,down_proj")

@@ -62,10 +62,16 @@ def cast(x: Tensor, scale: Tensor, how: Rounding, inverse: Tensor | None = None)
         inverse: multiplied with instead of dividing by ``scale``.
     """
     steps = x.float() / scale if inverse is None else x.float() * inverse
-    inside = steps.clamp(-how.limit, how.limit)
-    codes = inside.detach().to(how.kind).float()
+    still = steps.detach()
+    codes = still.clamp(-how.limit, how.limit).to(how.kind).float()
+    through = torch.where(_inside(still, how), steps, codes)
     # Exact: a float and its rounding are within a factor of two, so their difference has no error.
-    return inside + (codes - inside.detach())
+    return through + (codes - through.detach())
+
+
+def _inside(steps: Tensor, how: Rounding) -> Tensor:
+    # The largest element of what sets its own scale lies on the limit, up to a rounding.
+    return steps.abs() <= how.limit * (1 + 2.0**-20)
 
 
 def rounded_product(
@@ -94,7 +100,7 @@ def rounded_product(
     codes = steps.clamp(-how.limit, how.limit).to(how.kind)
     scales = scale.expand(*x.shape[:-1], 1)
     # Only the derivative of this counts: its value is that of the codes.
-    inside = torch.where(steps.abs() <= how.limit, x, torch.zeros_like(still)).to(how.result)
+    inside = torch.where(_inside(steps, how), x, torch.zeros_like(still)).to(how.result)
     return op.straight_through(inside, (codes, scales), weight, static)
 
 

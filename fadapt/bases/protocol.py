@@ -71,7 +71,7 @@ R = TypeVar("R", bound=Reader)
 _FAMILIES = {
     "aqlm": "fadapt.bases.aqlm",
     "neural_compressor": "fadapt.bases.inc_fp8",
-    "torchao": "fadapt.bases.int8",
+    "torchao": "fadapt.bases.torchao",
     "transformers": "fadapt.bases.conv1d",
 }
 
@@ -181,7 +181,8 @@ def _read_linear(module: nn.Linear) -> Base:
     if reader is _read_weight.dispatch(object):
         raise UnsupportedLayerError(
             f"An nn.Linear whose weight is a {type(weight).__module__}.{type(weight).__qualname__} "
-            "is not supported. Supported: plain floating tensors and torchao's Int8Tensor."
+            "is not supported. Supported: plain floating tensors, and torchao 0.18's Int8Tensor, "
+            "Float8Tensor and IntxUnpackedToInt8Tensor."
         )
     return reader(weight, module)
 
