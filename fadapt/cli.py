@@ -16,6 +16,7 @@ from fadapt.errors import FadaptError, near
 
 # Command -> (module, one line of help).
 COMMANDS = {
+    "merge": ("fadapt.merge_folder", "merge adapters into a model of any size, layer by layer"),
     "sweep": ("fadapt.sweep", "train many adapters at once on one frozen base, best first"),
     "train": ("fadapt.train", "train one adapter, a fresh one or one from a PEFT folder"),
 }

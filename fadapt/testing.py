@@ -18,9 +18,9 @@ Example:
     >>> test_a_stack_of_two_is_a_loop_over_two()
 """
 
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fadapt.adapter import init
-from fadapt.bases import is_supported
+from fadapt.bases import base_of, is_supported
+from fadapt.dora import DoRA
 from fadapt.functional import layers_of
 from fadapt.lora import LoRA
 from fadapt.method import Method
+from fadapt.oft import CAYLEY, OFT
 from fadapt.purity import assert_pure
 
 __all__ = [
@@ -129,7 +131,7 @@ class Block(nn.Module):
 
 
 @st.composite
-def models(draw: Any, dtype: Any = None) -> nn.Module:
+def models(draw: Any, dtype: Any = None, sizes: Any = None) -> nn.Module:
     """Strategy for small models in eval mode: up to three residual blocks between two layers, some
     blocks used twice, some weights tied. Each has ``in_features`` and ``out_features``.
 
@@ -137,9 +139,11 @@ def models(draw: Any, dtype: Any = None) -> nn.Module:
 
     Args:
         dtype: a strategy for the one dtype of all parameters; float32 if None.
+        sizes: a strategy for the layers' widths; 1 to 8 if None.
     """
     kind = st.just(torch.float32 if dtype is None else draw(dtype))
-    width, inner = st.just(draw(st.integers(1, 8))), st.just(draw(st.integers(1, 8)))
+    sizes = st.integers(1, 8) if sizes is None else sizes
+    width, inner = st.just(draw(sizes)), st.just(draw(sizes))
     blocks: list[nn.Module] = []
     for _ in range(draw(st.integers(0, 3))):
         if blocks and draw(st.booleans()):
@@ -150,7 +154,7 @@ def models(draw: Any, dtype: Any = None) -> nn.Module:
             down.weight = blocks[0].get_parameter("down_proj.weight")
         norm = nn.LayerNorm(up.in_features, dtype=up.weight.dtype)
         blocks.append(Block(up, down, norm if draw(st.booleans()) else nn.Identity()))
-    inlet, head = draw(linears(None, width, kind)), draw(linears(width, None, kind))
+    inlet, head = draw(linears(sizes, width, kind)), draw(linears(width, sizes, kind))
     return Net(inlet, blocks, head).eval()
 
 
@@ -180,24 +184,40 @@ def targets(draw: Any, model: nn.Module) -> Any:
 
 
 @st.composite
-def methods(draw: Any, model: nn.Module) -> Method:
-    """Strategy for methods that fit the model: LoRA in its variants, dropout and the
-    initialisations that need another base (PiSSA, OLoRA) left out."""
-    kind = draw(st.sampled_from(["kaiming", "gaussian", "orthogonal"]))
-    ranks = st.sampled_from([2, 4]) if kind == "orthogonal" else st.integers(1, 4)
-    method = LoRA(
+def methods(draw: Any, model: nn.Module, kinds: Sequence[type] = (LoRA, DoRA, OFT)) -> Method:
+    """Strategy for methods that fit the model, in their variants; dropout is 0, and the
+    initialisations that need another base (PiSSA, OLoRA) are left out.
+
+    Args:
+        model: only read.
+        kinds: of LoRA, DoRA and OFT, those wanted. OFT is drawn where the widths of the targets
+            have a divisor above 1, for its blocks.
+    """
+    chosen = draw(targets(model))
+    layers = layers_of(model, LoRA(targets=chosen))
+    width = math.gcd(*[base_of(layer).in_features for layer in layers.values()])
+    sizes = [b for b in range(2, width + 1) if width % b == 0]
+    kind = draw(st.sampled_from([k for k in kinds if k is not OFT or sizes]))
+    if kind is OFT:
+        return OFT(
+            block_size=draw(st.sampled_from(sizes)),
+            cayley=draw(st.sampled_from(CAYLEY)),
+            block_share=draw(st.booleans()),
+            targets=chosen,
+        )
+    start = draw(st.sampled_from(["kaiming", "gaussian", "orthogonal"]))
+    ranks = st.sampled_from([2, 4]) if start == "orthogonal" else st.integers(1, 4)
+    paths = sorted(filter(None, layers))
+    pattern = paths and draw(st.booleans()) and draw(st.sampled_from(paths))
+    return kind(  # type: ignore[no-any-return]
         rank=draw(ranks),
         alpha=draw(st.sampled_from([None, 1.0, 3.0, 16.0])),
-        targets=draw(targets(model)),
+        targets=chosen,
         rslora=draw(st.booleans()),
-        lora_bias=draw(st.booleans()),
-        init=kind,
+        lora_bias=kind is LoRA and draw(st.booleans()),
+        rank_pattern={re.escape(pattern): draw(ranks)} if pattern else {},
+        init=start,
     )
-    paths = sorted(filter(None, layers_of(model, method)))
-    if not paths or not draw(st.booleans()):
-        return method
-    pattern = {re.escape(draw(st.sampled_from(paths))): draw(ranks)}
-    return replace(method, rank_pattern=pattern)
 
 
 @st.composite

@@ -81,7 +81,7 @@ def test_models_methods_and_adapters_fit_together(data, model):
     y = ft.assert_pure(lambda: forward(params, x), model, forward, params, x)
     assert y.shape == (*x.shape[:-1], model.out_features)
     fresh = data.draw(ft.adapters(model, method, fresh=True))
-    if method.init != "orthogonal":  # whose B A is 0 only up to rounding
+    if getattr(method, "init", "") != "orthogonal":  # whose B A is 0 only up to rounding
         assert torch.equal(forward(fresh, x), forward(None, x))
     with torch.no_grad():
         assert torch.equal(forward(None, x), model(x))
@@ -91,7 +91,7 @@ def test_models_methods_and_adapters_fit_together(data, model):
 @given(data=st.data(), layer=ft.linears(dtype=ft.dtypes(torch.float64)))
 @settings(max_examples=30, deadline=None)
 def test_a_layer_is_a_model_too(data, layer):
-    method = data.draw(ft.methods(layer))
+    method = data.draw(ft.methods(layer, [fa.LoRA]))
     params = data.draw(ft.adapters(layer, method))
     assert list(params) == [""]
     x = data.draw(ft.inputs(layer))
