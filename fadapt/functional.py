@@ -24,7 +24,7 @@ activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward
 import copy
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLay
 from fadapt.method import Method
 from fadapt.random import keep_mask
 from fadapt.targets import find_targets, match_list
+
+if TYPE_CHECKING:
+    from fadapt.composition import Composed
 
 Adapter = Mapping[str, Any]
 Dropout = Tensor | torch.Generator | Mapping[str, Tensor] | None
@@ -144,7 +147,9 @@ class Forward:
         """The model's own call, adapted.
 
         Args:
-            params: the adapter, or what :meth:`prepare` made of it; None for the base alone.
+            params: the adapter, or what :meth:`prepare` made of it; None for the base alone. A list
+                of adapters acts in order, with ``weights=[...]`` if given; to call it often, bind
+                a list of methods.
             *args: the model's positional inputs.
             dropout: None for no dropout. Else an int64 seed ``[]`` (see
                 :func:`fadapt.dropout_seeds`; map over ``[K]`` of them for K adapters), a
@@ -158,6 +163,11 @@ class Forward:
         Raises:
             AdapterError: a path is missing or unknown, or a shape or dtype does not fit.
         """
+        if isinstance(params, list | tuple):
+            from fadapt.composition import Composed
+
+            composed = Composed([self] * len(params))
+            return composed(params, *args, dropout=dropout, **kwargs)
         tensors = self._seeds(dropout)
         if params is not None:
             for path, leaf in self.prepare(params).items():
@@ -226,7 +236,19 @@ class Forward:
         return {join(path, "dropout_seed"): dropout for path in self.layers}
 
 
-def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = None) -> Forward:
+@overload
+def bind(
+    model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = None
+) -> Forward: ...
+
+
+@overload
+def bind(
+    model: nn.Module, method: Sequence[Method], state: Mapping[str, Tensor] | None = None
+) -> "Composed": ...
+
+
+def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     """A pure forward of ``model`` with the adapters of ``method``.
 
     It shares every tensor with the model, detached: no gradient ever reaches the model. Modes
@@ -236,7 +258,8 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
 
     Args:
         model: any ``nn.Module``; left as it is.
-        method: which layers, and how.
+        method: which layers, and how. A list of methods gives a forward that takes a list of
+            adapters, which act in order (:class:`fadapt.composition.Composed`).
         state: ``{name: tensor}`` that stand in for the model's own parameters and buffers: the
             residual state that PiSSA and OLoRA return, or a merged state.
 
@@ -257,6 +280,10 @@ def bind(model: nn.Module, method: Method, state: Mapping[str, Tensor] | None = 
         >>> torch.equal(forward(params, x), model(x))
         True
     """
+    if isinstance(method, list | tuple):
+        from fadapt.composition import compose
+
+        return compose(model, method, state)
     targets = layers_of(model, method)
     shell = share(model, state or {})
     names = {id(m): path for path, m in targets.items()}
