@@ -31,8 +31,10 @@ def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     if torch.compiler.is_compiling() or not (on_cpu or coefficients is None):
         return _plain(vectors, coefficients)
     level = torch._C._functorch.peek_interpreter_stack()
-    if level is None:
-        blockwise = not on_cpu or 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
+    if not on_cpu:
+        blockwise = True
+    elif level is None:
+        blockwise = 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
     else:
         # Unwrapped by vmap, the stack of them comes here again; any other transform wants the
         # derivative of the plain form.
@@ -186,10 +188,10 @@ class _Blockwise(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         vectors, R = ctx.saved_tensors
-        # A derivative of this derivative is wanted, or many at once by torch.autograd's own vmap.
-        if R is not None and g.device.type != "cpu" and not torch.is_grad_enabled():
+        if R is not None and g.device.type != "cpu":
             half = (R + eye_like(R)).mT
             return _fold(half @ g @ half / -2), None
+        # A derivative of this derivative is wanted, or many at once by torch.autograd's own vmap.
         if torch.is_grad_enabled() or is_batched(g):
             return _fold(_derivative(skew(vectors).mT, g, ctx.coefficients)), None
         out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
