@@ -7,6 +7,7 @@ from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
 from fadapt.calibration import calibrate
 from fadapt.combine import combine
+from fadapt.describe import Description, describe
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.functional import Forward, bind
 from fadapt.generation import generate
@@ -28,6 +29,7 @@ __all__ = [
     "Bank",
     "Base",
     "Dense",
+    "Description",
     "DoRA",
     "DoRANormed",
     "DoRAParams",
@@ -51,6 +53,7 @@ __all__ = [
     "calibrate",
     "count",
     "cuda_graph",
+    "describe",
     "dropout_seeds",
     "fold",
     "generate",

@@ -16,6 +16,10 @@ from fadapt.errors import FadaptError, near
 
 # Command -> (module, one line of help).
 COMMANDS = {
+    "inspect": (
+        "fadapt.inspect_folder",
+        "what each layer of a model is, and what works on it",
+    ),
     "merge": ("fadapt.merge_folder", "merge adapters into a model of any size, layer by layer"),
     "sweep": ("fadapt.sweep", "train many adapters at once on one frozen base, best first"),
     "train": ("fadapt.train", "train one adapter, a fresh one or one from a PEFT folder"),
