@@ -9,6 +9,7 @@ from fadapt.calibration import calibrate
 from fadapt.combine import combine
 from fadapt.describe import Description, describe
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
+from fadapt.export import check_export, export
 from fadapt.functional import Forward, bind
 from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
@@ -49,12 +50,14 @@ __all__ = [
     "base_of",
     "bind",
     "bind_mixed",
+    "check_export",
     "combine",
     "calibrate",
     "count",
     "cuda_graph",
     "describe",
     "dropout_seeds",
+    "export",
     "fold",
     "generate",
     "init",

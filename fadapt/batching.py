@@ -190,11 +190,12 @@ class Mixed:
         return bank
 
     def _prepare(self, forward: Forward, bank: Mapping[str, Any]) -> Mapping[str, Any]:
-        sizes = {t.shape[0] if t.dim() else 0 for t in tree_leaves(dict(bank))}
-        if len(sizes) != 1 or 0 in sizes:
+        leaves = tree_leaves(dict(bank))
+        # No set of sizes: one that torch.export traces has no hash.
+        if not leaves or any(not t.dim() or t.shape[0] != leaves[0].shape[0] for t in leaves):
             raise AdapterError(
-                f"not a bank: its leaves' first axes are {sorted(sizes)}, and each must be K, the "
-                "number of adapters. fadapt.stack makes one."
+                f"not a bank: its leaves are {[list(t.shape) for t in leaves[:6]]}, and the first "
+                "axis of each must be K, the number of adapters. fadapt.stack makes one."
             )
         forward._check(tree_map(lambda t: t[0], dict(bank)))
         method = forward.method

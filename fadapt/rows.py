@@ -43,7 +43,8 @@ class Rows:
 
     def products(self, x: Tensor) -> int:
         """How many matrices :meth:`pick` gives for x ``[n, ...]``: n, or K on a grid."""
-        return len(x if self.grid is None else self.grid)
+        # Not len(), which is a constant to torch.export.
+        return (x if self.grid is None else self.grid).shape[0]
 
     def pick(self, values: Tensor) -> Tensor:
         """Each product's own of ``values [K, ...]``: ``[n, ...]``; on a grid ``values`` itself."""
@@ -151,7 +152,7 @@ def add_low_rank(
     if scaling != 1:
         h = h * scaling
     of_rows = rows.pick(B).mT
-    out = y.reshape(len(flat), -1, y.shape[-1])
+    out = y.reshape(flat.shape[0], -1, y.shape[-1])
     if bias is None and out.dtype == h.dtype == of_rows.dtype:
         total = torch.baddbmm(out, h, of_rows)
     else:
@@ -167,7 +168,7 @@ def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
     which r may be 1."""
     size = blocks.shape[-1]
     own = rows.pick(blocks)
-    split = x.reshape(len(own), -1, x.shape[-1] // size, size).transpose(1, 2)
+    split = x.reshape(own.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
     return torch.matmul(split, own).transpose(1, 2).reshape(x.shape)
 
 
