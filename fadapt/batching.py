@@ -62,8 +62,9 @@ class MixedLinear(AdaptedLinear):
                 for name in fields:
                     self.register_buffer(f"{name}{kind}", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """``[n, ..., in] -> [n, ..., out]``, row by row through its adapter."""
+        (x,) = (*inputs, *named.values())
         base: Any = self.base
         for kind, method in self.parts.items():
             rows = self._held[0].rows(kind)

@@ -56,8 +56,9 @@ class ComposedLinear(AdaptedLinear):
             for name in {*method.params_type._fields, *method.prepared_type._fields}:
                 self.register_buffer(f"{name}{k}", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
+        (x,) = (*inputs, *named.values())
         steps, keeps = [], []
         for k, method in self.parts.items():
             for kind in (method.prepared_type, method.params_type):

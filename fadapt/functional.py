@@ -80,8 +80,9 @@ class AdaptedLinear(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``."""
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``; one input, by whatever name the layer itself gives it."""
+        (x,) = (*inputs, *named.values())
         given = {n: t for n in self.fields if (t := getattr(self, n)) is not None}
         if not given:
             if self.calls is not None and not torch.compiler.is_compiling():

@@ -345,3 +345,18 @@ def test_a_bound_forward_can_be_copied():
     twin = copy.deepcopy(forward)
     assert torch.equal(twin(params, x), forward(params, x))
     assert "1 layers" in repr(forward)
+
+
+def test_a_layer_takes_its_input_by_the_name_that_it_has_itself():
+    linear, x = nn.Linear(4, 3), torch.ones(2, 4)
+    conv = transformers.pytorch_utils.Conv1D(3, 4)
+    for layer, name in ((linear, "input"), (conv, "x")):
+        method = fa.LoRA(rank=2, init="orthogonal")
+        params = fa.init(method, layer, generator=torch.Generator().manual_seed(0))
+        want = fa.bind(layer, method)(params, x)
+        assert torch.equal(fa.bind(layer, method)(params, **{name: x}), want)
+        assert torch.equal(fa.bind(layer, method)(None, **{name: x}), layer(**{name: x}))
+        assert torch.equal(fa.bind(layer, [method])([params], **{name: x}), want)
+        mixed = fa.bind_mixed(layer, method)(fa.stack([params]), [0, 0], **{name: x})
+        # One product of both rows, or one a row: another order of the sums.
+        torch.testing.assert_close(mixed, want, rtol=1e-6, atol=1e-6)
