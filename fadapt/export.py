@@ -114,8 +114,9 @@ def export(
     about["bank"] = [
         torch.utils._pytree.keystr(k) for k, _ in tree_flatten_with_path(dict(bank))[0]
     ]
+    about["graph"] = hashlib.sha256(beside.read_bytes()).hexdigest()
+    os.replace(beside, path)  # until its manifest is written too, the old one does not fit it
     _about(path).write_text(json.dumps(about, indent=1), "utf-8")
-    os.replace(beside, path)
     return path
 
 
@@ -141,6 +142,7 @@ def check_export(
             f"{path} has no manifest beside it: {error}. Export again."
         ) from error
     now = _manifest(model, method, bank, state)
+    now["graph"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     stale = [name for name, value in now.items() if about.get(name) != value]
     if stale:
         raise CheckpointError(f"{path} is stale: {', '.join(stale)} changed since. Export again.")
@@ -176,6 +178,6 @@ def _plain(leaf: Any) -> list[tuple[str, Tensor]]:
     if not isinstance(leaf, Tensor):
         return []
     if hasattr(leaf, "__tensor_flatten__"):
-        inner = leaf.__tensor_flatten__()[0]
-        return [(name, getattr(leaf, name)) for name in inner]
+        inner, about = leaf.__tensor_flatten__()  # how it rounds its activations is in the latter
+        return [(f"{name} {about}", getattr(leaf, name)) for name in inner]
     return [("", leaf)]

@@ -123,10 +123,15 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
         check_export(path, model, method, changed)
     with pytest.raises(fa.errors.CheckpointError, match="stale: weights"):
         check_export(path, llama("dense"), method, bank)
+    with pytest.raises(fa.errors.CheckpointError, match="stale: weights"):  # the same codes
+        check_export(path, llama("dynamic"), method, bank)
     with pytest.raises(fa.errors.CheckpointError, match="stale: method"):
         check_export(path, model, fa.LoRA(rank=2, alpha=5, targets=TARGETS), bank)
     about = json.loads((tmp_path / "graph.pt2.json").read_text())
     assert about["torch"] == torch.__version__
+    path.write_bytes(b"another")
+    with pytest.raises(fa.errors.CheckpointError, match="stale: graph"):
+        check_export(path, model, method, bank)
     with pytest.raises(fa.errors.CheckpointError, match="no manifest"):
         check_export(tmp_path / "none.pt2", model, method)
 
