@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fadapt.errors import AdapterError, ConfigError, near
 from fadapt.kinds import Kinds
-from fadapt.shelf import Shelf, shelf_of
+from fadapt.shelf import Shelf, rooms_for, shelf_of
 
 BASE_NAME = "base"
 
@@ -104,7 +104,7 @@ class Bank:
         model: nn.Module,
         methods: Any,
         *,
-        capacity: int = 8,
+        capacity: int | Sequence[int] = 8,
         paged: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> "Bank":
@@ -115,26 +115,60 @@ class Bank:
             methods: one, or a list of several. Of LoRA: the largest rank (by layer), and all
                 targets that any adapter will have; alphas are free. Of others: what each adapter's
                 method will be.
-            capacity: how many adapters of each method there is room for on the device.
+            capacity: how many adapters of each method there is room for on the device; a number
+                for all methods, or one for each.
             paged: keep every adapter on the host, and page ``capacity`` of them in: see
                 :meth:`page`. Otherwise the bank grows when it is full, to twice its capacity: then
                 a compiled or captured forward is made again.
             dtype: of the adapters in the bank.
 
         Raises:
-            ConfigError: a capacity below 1, two methods of one kind, modules saved whole.
+            ConfigError: a capacity below 1, no method, modules saved whole.
             TargetError: targets and layers do not meet.
         """
         each = tuple(methods) if isinstance(methods, Sequence) else (methods,)
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
+        sizes = list(capacity) if isinstance(capacity, Sequence) else [capacity] * len(each)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
             raise ConfigError(f"capacity must be an integer of at least 1, got {capacity!r}.")
-        if not each:
-            raise ConfigError("a bank needs at least one method.")
+        if not each or len(sizes) != len(each):
+            raise ConfigError(
+                f"a bank needs at least one method, and a capacity for each: got {len(each)} "
+                f"methods and {len(sizes)} capacities."
+            )
         shelves = tuple(shelf_of(method, model) for method in each)
-        pools = tuple(_Pool(s, capacity, dtype, s.device) for s in shelves)
+        pools = tuple(_Pool(s, n, dtype, s.device) for s, n in zip(shelves, sizes, strict=True))
         units = tuple(shelf.unit for shelf in shelves)
         method = units[0] if len(units) == 1 else Kinds(units)
         return cls(method, _params(shelves, pools), shelves, pools, paged)
+
+    @classmethod
+    def holding(
+        cls,
+        model: nn.Module,
+        adapters: Mapping[str, tuple[Mapping[str, Any], Any]],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> "Bank":
+        """A bank of these adapters, with room for no larger ones.
+
+        Args:
+            model: only read.
+            adapters: ``{name: (params, method)}``, as :func:`fadapt.load_peft` returns them; their
+                ranks, alphas, targets and methods may differ.
+            dtype: of the adapters in the bank.
+
+        Raises:
+            AdapterError: no adapters, a name that cannot be one, or modules saved whole.
+            TargetError: an adapter's layers are not the model's.
+        """
+        rooms = rooms_for(adapters.values())
+        if not rooms:
+            raise AdapterError("a bank needs at least one adapter, and one with a layer.")
+        methods, counts = zip(*rooms, strict=True)
+        bank = cls.of(model, methods, capacity=counts, dtype=dtype)
+        for name, (params, method) in adapters.items():
+            bank = bank.add(name, params, method)
+        return bank
 
     def __len__(self) -> int:
         return len(self._entries)

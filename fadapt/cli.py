@@ -16,6 +16,10 @@ from fadapt.errors import FadaptError, near
 
 # Command -> (module, one line of help).
 COMMANDS = {
+    "generate": (
+        "fadapt.generate_prompts",
+        "continue prompts, each wearing its own adapter, batch by batch",
+    ),
     "inspect": (
         "fadapt.inspect_folder",
         "what each layer of a model is, and what works on it",

@@ -21,7 +21,7 @@ EAGER_UP_TO = 256  # tokens a window
 
 
 def load_model(
-    folder: Path, base: str, dtype: str = "auto", device: str = "cpu", length: int = 0
+    folder: Path, base: str, dtype: str = "auto", device: str = "cpu", length: int | None = 0
 ) -> nn.Module:
     """A causal LM, frozen, in evaluation mode, its linear layers in the format ``base``.
 
@@ -34,7 +34,8 @@ def load_model(
         device: where to.
         length: tokens a window. On a CPU the fused attention has no batching rule, so ``vmap`` runs
             it once an adapter: for short windows the plain one is faster (measured at 64: by a
-            fifth; at 256 they tie), for long ones it takes too much memory.
+            fifth; at 256 they tie), for long ones it takes too much memory. None, where nothing
+            will be mapped over: transformers chooses the attention.
 
     Raises:
         CheckpointError: the folder is no such model, or its weights are not all there.
@@ -43,7 +44,9 @@ def load_model(
     _check_folder(folder)
     chosen = pick_device(device)
     kind = ("float32" if chosen.type == "cpu" else "bfloat16") if dtype == "auto" else dtype
-    attention = "eager" if chosen.type == "cpu" and length <= EAGER_UP_TO else "sdpa"
+    attention = None
+    if length is not None:
+        attention = "eager" if chosen.type == "cpu" and length <= EAGER_UP_TO else "sdpa"
     with quiet():
         from transformers import AutoModelForCausalLM
 
@@ -58,7 +61,7 @@ def load_model(
             )
         except Exception as error:  # transformers and safetensors raise of every kind here
             raise CheckpointError(f"--model {folder}: {_first_line(error)}") from error
-    _check_length(model, length)
+    _check_length(model, length or 0)
     missing = sorted(found["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -87,6 +90,20 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"--model {folder}: its tokenizer has no end-of-text token.")
     return tokenizer
+
+
+def context_of(folder: Path) -> int | None:
+    """How many tokens the folder's model reads at most; None if its configuration does not say."""
+    _check_folder(folder)
+    with quiet():
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(f"--model {folder}: {_first_line(error)}") from error
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def _dense(model: nn.Module) -> nn.Module:

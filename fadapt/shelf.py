@@ -1,7 +1,8 @@
 """How the adapters of one method lie in a bank: each is one row of a matrix."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -124,6 +125,37 @@ class Shelf:
             if hasattr(leaf, "lora_bias"):
                 place.lora_bias.copy_(leaf.lora_bias.detach() * at.scaling)
         return row
+
+
+def rooms_for(adapters: Iterable[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, int]]:
+    """The methods that a bank for these adapters is made with, and how many each is for.
+
+    All LoRA adapters share one: at each layer the largest of their ranks. Others share one if they
+    agree in every hyperparameter and adapt the same layers.
+    """
+    ranks: dict[str, int] = {}
+    loras, bias = 0, False
+    others: dict[Any, int] = {}
+    for params, method in adapters:
+        layers = {path: leaf for path, leaf in params.items() if hasattr(leaf, "_fields")}
+        if not _is_lora(method):
+            free = {f.name: f.default for f in fields(method) if f.name in _FREE}
+            free |= {"targets": exact_pattern(sorted(layers)), "modules_to_save": ()}
+            room = replace(method, **free)
+            others[room] = others.get(room, 0) + 1
+            continue
+        loras += 1
+        for path, leaf in layers.items():
+            ranks[path] = max(ranks.get(path, 0), leaf.lora_A.shape[0])
+            bias = bias or hasattr(leaf, "lora_bias")
+    found = list(others.items())
+    if ranks:
+        # The longest first: a shorter path may be the end of a longer one.
+        pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
+        widest, targets = max(ranks.values()), exact_pattern(ranks)
+        room = LoRA(widest, targets=targets, rank_pattern=pattern, lora_bias=bias)
+        found.insert(0, (room, loras))
+    return found
 
 
 def shelf_of(method: Any, model: nn.Module) -> Shelf:

@@ -142,6 +142,32 @@ def test_more_adapters_than_fit_are_paged_the_least_recently_used_first():
         bank.page(["a0", "a1", "a2"])
 
 
+def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
+    model = nn.Sequential(dense(N_IN, 8), nn.Sequential(dense(8, 8)))  # "0" is the end of "1.0"
+    methods = {
+        "a": fa.LoRA(rank=3, alpha=2, targets=r"1\.0"),
+        "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True),
+        "c": fa.OFT(block_size=4, targets="0"),
+        "d": fa.DoRA(rank=2),
+        "e": fa.OFT(block_size=4, targets="0", dropout=0.1),
+        "f": fa.OFT(block_size=4),
+    }
+    adapters = {n: make(model, m, i) for i, (n, m) in enumerate(methods.items())}
+    given = {n: (adapters[n], methods[n]) for n in methods}
+    bank = assert_pure(lambda: fa.Bank.holding(model, given), model, adapters)
+    lora, *others = bank.params
+    assert {p: leaf.lora_A.shape[:2] for p, leaf in lora.items()} == {"0": (2, 1), "1.0": (2, 3)}
+    rooms = [(sorted(kind), len(tree_leaves(kind)[0])) for kind in others]
+    assert rooms == [(["0"], 2), (["0", "1.0"], 1), (["0", "1.0"], 1)]
+    mixed = fa.bind_mixed(model, bank.method)
+    check(model, mixed, bank, ["f", "base", *"abcde"], adapters, methods)
+    with pytest.raises(fa.errors.AdapterError, match="at least one adapter"):
+        fa.Bank.holding(model, {})
+    saved = fa.LoRA(targets=["0"], modules_to_save=["1"])
+    with pytest.raises(fa.errors.AdapterError, match=r"'x' does not fit .* saved whole"):
+        fa.Bank.holding(model, {"x": (make(model, saved, 0), saved)})
+
+
 def test_several_methods_and_prepared_once():
     model = net()
     templates = [fa.LoRA(rank=4), fa.OFT(block_size=4), fa.DoRA(rank=2)]
@@ -171,6 +197,7 @@ def test_several_methods_and_prepared_once():
          "AdapterError", r"layers '1' are not among the 2"),
         (lambda m, b: fa.Bank.of(m, fa.LoRA(), capacity=0), "ConfigError", "capacity"),
         (lambda m, b: fa.Bank.of(m, []), "ConfigError", "at least one"),
+        (lambda m, b: fa.Bank.of(m, fa.LoRA(), capacity=[2, 2]), "ConfigError", "2 capacities"),
         (lambda m, b: fa.Bank.of(m, fa.LoRA(targets=["0"], modules_to_save=["2"])),
          "ConfigError", "modules_to_save"),
         (lambda m, b: add(m, fa.Bank.of(m, fa.OFT(block_size=4)), fa.OFT(block_size=4, coft=True)),
