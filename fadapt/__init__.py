@@ -5,7 +5,7 @@ from fadapt.aqlm_merge import Recode
 from fadapt.bank import Bank
 from fadapt.bases import Base, Dense, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
-from fadapt.calibration import calibrate
+from fadapt.calibration import calibrate, input_amax
 from fadapt.combine import combine
 from fadapt.describe import Description, describe
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
@@ -61,6 +61,7 @@ __all__ = [
     "fold",
     "generate",
     "init",
+    "input_amax",
     "load_peft",
     "merge",
     "merge_report",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fadapt.adapted import Adapted, row_blocks
 from fadapt.errors import AdapterError, ConfigError, MergeError
+from fadapt.layer_merge import not_finite
 from fadapt.measure import shares
 
 _SAMPLE = 64  # rows that the refusal measures
@@ -33,7 +34,8 @@ class Recode:
         original: ``{path: W [out, in]}``, the weights that were once quantized, where they are
             known: the codes are then fitted to these with the adapter in them, and not to their own
             approximation.
-        seconds: no further round starts after that many in one layer; None for no limit.
+        seconds: for one layer: then the search ends where it stands, and no further round starts;
+            None for no limit.
         progress: called with ``(path, round, rounds, relative squared error)``.
 
     Raises:
@@ -51,6 +53,10 @@ class Recode:
             raise ConfigError(
                 f"beam must be at least 1 and rounds at least 0, got {self.beam} and {self.rounds}."
             )
+
+    def until(self) -> float | None:
+        """When a layer that starts now is to end, as ``time.monotonic()`` counts."""
+        return None if self.seconds is None else time.monotonic() + self.seconds
 
 
 def refuse(adapted: Adapted, path: str) -> None:
@@ -78,18 +84,63 @@ def refuse(adapted: Adapted, path: str) -> None:
     )
 
 
-def recoded(adapted: Adapted, path: str, how: Recode, moment: Tensor | None) -> Any:
+def recoded(
+    adapted: Adapted, path: str, how: Recode, moment: Tensor | None, safe: bool = True
+) -> Any:
     """The base with other codes, codebooks and scales, closest to the merged weight.
 
     Never further from it, in the norm that ``moment`` gives, than the base is as it stands.
-    """
-    from fadapt.bases.aqlm_encode import error_of, recode, tune_codebooks
 
-    base, start = adapted.base, time.monotonic()
+    Raises:
+        MergeError: with ``safe``, NaN or Inf in the merged weight.
+    """
+    base = adapted.base
     if all(_unchanged(adapted, rows) for rows in row_blocks(adapted)):
         return base
-    target = _target(adapted, path, how)
-    found = recode(base, target, moment, how.beam)
+    return _refined(base, _target(adapted, path, how, safe), path, how, moment, how.until())
+
+
+def encoded(
+    adapted: Adapted,
+    path: str,
+    form: Any,
+    how: Recode,
+    moment: Tensor | None,
+    generator: torch.Generator | None,
+    safe: bool = True,
+) -> Any:
+    """The merged weight as AQLM of these sizes, from nothing; see :mod:`fadapt.bases.aqlm_fresh`.
+
+    Args:
+        form: a :class:`fadapt.formats.AqlmFormat`.
+        generator: that draws the first vectors of the codebooks.
+
+    Raises:
+        ConfigError: no generator.
+        MergeError: with ``safe``, NaN or Inf in the merged weight.
+    """
+    from fadapt.bases.aqlm_fresh import encode
+
+    if generator is None:
+        raise ConfigError(
+            "merging to AQLM draws the first vectors of its codebooks: pass "
+            "generator=torch.Generator().manual_seed(...). The global one is never read."
+        )
+    until = how.until()
+    target = _target(adapted, path, how, safe)
+    sizes = dict(form._asdict(), second_moment=moment, beam=how.beam, generator=generator)
+    first = encode(target.to(adapted.dtype), None, rounds=0, until=until, **sizes)
+    return _refined(first, target, path, how, moment, until)
+
+
+def _refined(
+    base: Any, target: Tensor, path: str, how: Recode, moment: Tensor | None, until: float | None
+) -> Any:
+    """Codes searched, then codebooks solved for and codes searched again, while it helps."""
+    from fadapt.bases.aqlm_encode import error_of, recode, tune_codebooks
+    from fadapt.bases.aqlm_search import over
+
+    found = recode(base, target, moment, how.beam, until)
     best, least = base, error_of(base, target, moment)
     for k in range(how.rounds + 1):
         error = error_of(found, target, moment)
@@ -97,18 +148,24 @@ def recoded(adapted: Adapted, path: str, how: Recode, moment: Tensor | None) -> 
             best, least = found, error
         if how.progress is not None:
             how.progress(path, k, how.rounds, least)
-        over = how.seconds is not None and time.monotonic() - start > how.seconds
-        if k == how.rounds or over:
+        if k == how.rounds or over(until):
             break
         found = tune_codebooks(found, target, moment)
         tuned = error_of(found, target, moment)
         if tuned < least:
             best, least = found, tuned
-        found = recode(found, target, moment, how.beam)
+        found = recode(found, target, moment, how.beam, until)
     return best
 
 
-def _target(adapted: Adapted, path: str, how: Recode) -> Tensor:
+def _target(adapted: Adapted, path: str, how: Recode, safe: bool) -> Tensor:
+    target = _wanted(adapted, path, how)
+    if safe and not bool(target.isfinite().all()):
+        raise not_finite(path)
+    return target
+
+
+def _wanted(adapted: Adapted, path: str, how: Recode) -> Tensor:
     if how.original is None:
         return adapted.dequantize(torch.float32)
     weight = how.original.get(path)

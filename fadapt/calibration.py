@@ -1,6 +1,7 @@
-"""Second moments of each adapted layer's inputs, for rounding by the error of its outputs."""
+"""What calibration inputs tell of each adapted layer: second moments, for rounding by the error of
+its outputs; the largest magnitude, for formats that round the inputs too."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,29 +37,76 @@ def calibrate(
         >>> fadapt.calibrate(model, None, method, [torch.ones(8, 4)])[""].shape
         torch.Size([4, 4])
     """
-    forward = bind(model, method)
     moments: dict[str, Tensor] = {}
 
-    def watch(path: str) -> Any:
+    def add(path: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        total = moments.get(path)
+        if total is None:
+            moments[path] = rows.T @ rows
+        else:
+            total.addmm_(rows.T, rows)
+
+    _watch("calibrate", model, params, method, batches, add)
+    return moments
+
+
+@torch.no_grad()
+def input_amax(
+    model: nn.Module, params: Mapping[str, Any] | None, method: Any, batches: Iterable[Any]
+) -> dict[str, float]:
+    """The largest magnitude of each target layer's inputs, as INC's observer ``maxabs`` finds it.
+
+    Args:
+        model, params, method, batches: as :func:`calibrate`.
+
+    Returns:
+        ``{path: amax}``, which merging ``to="inc-fp8"`` needs.
+
+    Raises:
+        AdapterError: no batch, or a layer that none of them reached.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model, method = torch.nn.Linear(4, 3), fadapt.LoRA(rank=2)
+        >>> fadapt.input_amax(model, None, method, [-2 * torch.ones(8, 4), torch.ones(1, 4)])
+        {'': 2.0}
+    """
+    found: dict[str, float] = {}
+
+    def add(path: str, x: Tensor) -> None:
+        found[path] = max(found.get(path, 0.0), float(x.abs().max()))
+
+    _watch("input_amax", model, params, method, batches, add)
+    return found
+
+
+def _watch(
+    name: str,
+    model: nn.Module,
+    params: Mapping[str, Any] | None,
+    method: Any,
+    batches: Iterable[Any],
+    add: Callable[[str, Tensor], None],
+) -> None:
+    """Tell ``add`` the input of each target layer, batch after batch."""
+    forward, reached = bind(model, method), set()
+
+    def hook_of(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            total = moments.get(path)
-            if total is None:
-                moments[path] = rows.T @ rows
-            else:
-                total.addmm_(rows.T, rows)
+            reached.add(path)
+            add(path, args[0].detach())
 
         return hook
 
     for path, layer in forward.layers.items():
         # The shell's own dict is the copied layer's: the model's hooks are not touched.
-        layer.register_forward_pre_hook(watch(path))
+        layer.register_forward_pre_hook(hook_of(path))
     for batch in batches:
         if isinstance(batch, Mapping):
             forward(params, **batch)
         else:
             forward(params, *(batch if isinstance(batch, tuple | list) else (batch,)))
-    missing = sorted(forward.layers.keys() - moments.keys())
+    missing = sorted(forward.layers.keys() - reached)
     if missing:
-        raise AdapterError(f"calibrate: no batch reached the layers {missing[:4]}.")
-    return moments
+        raise AdapterError(f"{name}: no batch reached the layers {missing[:4]}.")

@@ -172,8 +172,12 @@ def _at(grid: Grid, rows: slice) -> Grid:
 
 def _check_finite(low: Tensor, high: Tensor, rows: slice, path: str, safe: bool) -> None:
     if safe and not bool(low.isfinite().all() and high.isfinite().all()):
-        raise MergeError(
-            f"layer {path!r}: the merged weight holds NaN or Inf (first seen from row "
-            f"{rows.start} on). Nothing was written. Look at the adapter and at the base; "
-            "safe=False merges all the same."
-        )
+        raise not_finite(path, f" (first seen from row {rows.start} on)")
+
+
+def not_finite(path: str, where: str = "") -> MergeError:
+    """The error for a merged weight of NaN or Inf."""
+    return MergeError(
+        f"layer {path!r}: the merged weight holds NaN or Inf{where}. Nothing was written. Look at "
+        "the adapter and at the base; safe=False merges all the same."
+    )

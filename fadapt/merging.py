@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fadapt.adapted import Adapted, unmerged, unmerged_bias
-from fadapt.aqlm_merge import Recode, recoded, refuse
-from fadapt.bases import Base
+from fadapt.aqlm_merge import Recode, encoded, recoded, refuse
+from fadapt.bases import Base, Dense
 from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError, MergeError
-from fadapt.formats import like_named, put, rebuilt
+from fadapt.formats import AqlmFormat, like_named, put, rebuilt
 from fadapt.functional import join, share
 from fadapt.layer_merge import Merged, merge_layer, with_bias
 from fadapt.plan import Plan, check_untied, plan
@@ -74,7 +74,7 @@ def merge(model: nn.Module, params: Any, method: Any, *, undo: bool = False, **o
     state, back = dict(todo.saved), {}
     for path, adapted, merged in merge_layers(todo, **options):
         layer = model.get_submodule(path)
-        if type(merged.base) is not type(adapted.base) and not isinstance(layer, nn.Linear):
+        if not _holds(layer, options.get("to"), adapted.base, merged.base):
             raise MergeError(
                 f"layer {path!r}: a {type(layer).__name__} cannot hold a weight of another format. "
                 "fadapt.merged_model puts a fitting layer in its place."
@@ -187,6 +187,7 @@ def merge_layers(
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    amax: Mapping[str, float] | None = None,
     aqlm: Recode | None = None,
     safe: bool = True,
     progress: Progress | None = None,
@@ -201,32 +202,48 @@ def merge_layers(
             computes all anew; ``"keep"`` none, and saturates.
         rounding: ``"nearest"``, ``"search"``, ``"feedback"`` or ``"stochastic"``; see
             :mod:`fadapt.rounding`.
-        generator: for ``"stochastic"``.
+        generator: for ``"stochastic"``; and for ``to="aqlm-..."``.
         moments: ``{path: X^T X}`` of the layers' inputs; see :func:`fadapt.calibrate`.
-        aqlm: how to merge into AQLM layers. None: refuse, saying what would be kept.
+        amax: ``{path: largest magnitude of its inputs}``, for ``to="inc-fp8"``; see
+            :func:`fadapt.input_amax`.
+        aqlm: how to merge into AQLM layers. None: refuse, saying what would be kept; with
+            ``to="aqlm-..."``, ``Recode()``.
         safe: refuse NaN and Inf, in the adapter and in the result.
         progress: called before each layer, with its path, its index and their number.
     """
     how = Rounding(rounding, generator, moments)
-    likes = {p: b if to is None else like_named(to, b) for p, b in todo.bases.items()}
+    likes = {p: b if to is None else like_named(to, b, p, amax) for p, b in todo.bases.items()}
     for k, (path, like) in enumerate(likes.items()):
         if progress is not None:
             progress(path, k, len(likes))
         adapted = todo.adapted(path)
         # A grid that is not the layer's own has no scales yet to keep.
         chosen = scales if to is None else "fresh"
+        if isinstance(like, AqlmFormat):
+            moment = how.moment(path, adapted.in_features)
+            new = encoded(adapted, path, like, aqlm or Recode(), moment, generator, safe)
+            yield Layer(path, adapted, Merged(with_bias(new, adapted.bias)))
+            continue
         if not isinstance(like, Gridded):
-            yield Layer(path, adapted, _recoded(adapted, path, aqlm, how))
+            yield Layer(path, adapted, _recoded(adapted, path, aqlm, how, safe))
             continue
         merged = merge_layer(adapted, path, how, like=like, scales=chosen, safe=safe)
         yield Layer(path, adapted, merged)
 
 
-def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding) -> Merged:
+def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding, safe: bool) -> Merged:
     if aqlm is None:
         refuse(adapted, path)
-    base = recoded(adapted, path, aqlm or Recode(), how.moment(path, adapted.in_features))
+    moment = how.moment(path, adapted.in_features)
+    base = recoded(adapted, path, aqlm or Recode(), moment, safe)
     return Merged(with_bias(base, adapted.bias))
+
+
+def _holds(layer: nn.Module, to: str | None, old: Any, new: Any) -> bool:
+    """Whether the layer runs with the new base's tensors in place of its own."""
+    if to is None or type(new) is type(old) is Dense:
+        return True
+    return isinstance(layer, nn.Linear) and new.state().keys() <= {"weight", "bias"}
 
 
 class _Unmerged(Adapted):

@@ -1,18 +1,16 @@
 """A folder of transformers becomes a frozen, quantized model and its tokenizer."""
 
 import hashlib
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
 from fadapt.errors import CheckpointError, ConfigError
+from fadapt.quieting import quiet as without_words
 
 SHIPPED = Path(__file__).parent / "data"
 
@@ -121,26 +119,14 @@ def _aqlm(model: nn.Module) -> nn.Module:
 def _inc_fp8(model: nn.Module) -> nn.Module:
     """INC's own prepare and convert, E4M3 with a scale a channel; the activations' range is that of
     256 tokens drawn from the vocabulary, always the same."""
+    with quiet():
+        from fadapt.bases.inc_fresh import by_inc
+
     lm: Any = model
     names = [n for n, m in model.named_modules() if m is lm.get_output_embeddings()]
-    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[lm.dtype]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(lm.config.vocab_size, (4, 64), generator=generator).to(lm.device)
-    with quiet(), TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        from neural_compressor.torch.quantization import FP8Config, convert, prepare
-
-        config = FP8Config(
-            use_qdq=lm.device.type != "hpu",
-            scale_method="act_maxabs_pow2_weights_pcs_maxabs_pow2",
-            hp_dtype=dtype,
-            observer="maxabs",
-            blocklist={"types": [], "names": names},
-            dump_stats_path=f"{folder}/stats",
-        )
-        model = prepare(model, config)
-        with torch.no_grad():
-            model(tokens)
-        return convert(model)  # type: ignore[no-any-return]
+    return by_inc(model, lambda: model(tokens), lm.dtype, names)  # type: ignore[no-any-return]
 
 
 def _int8(model: nn.Module) -> nn.Module:
@@ -207,15 +193,12 @@ def quiet() -> Iterator[None]:
     """Other libraries' warnings, log lines and bars are kept from the terminal, for a while."""
     from transformers.utils import logging as theirs
 
-    before, bars = logging.root.manager.disable, theirs.is_progress_bar_enabled()
-    logging.disable(logging.WARNING)
+    bars = theirs.is_progress_bar_enabled()
     theirs.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_words():
             yield
     finally:
-        logging.disable(before)
         if bars:
             theirs.enable_progress_bar()
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from fadapt.bases.aqlm import Aqlm
 
 
-def recode(base: "Aqlm", weight: Tensor, moment: Tensor | None = None, beam: int = 8) -> "Aqlm":
+def recode(
+    base: "Aqlm",
+    weight: Tensor,
+    moment: Tensor | None = None,
+    beam: int = 8,
+    until: float | None = None,
+) -> "Aqlm":
     """The base with other codes, closer to ``weight [out, in]``; codebooks and scales as they are.
 
     Args:
@@ -29,6 +35,7 @@ def recode(base: "Aqlm", weight: Tensor, moment: Tensor | None = None, beam: int
         weight: W, floating ``[out, in]``.
         moment: second moment of the inputs ``X^T X`` ``[in, in]``; None for plain distance.
         beam: combinations that the search keeps; 1 is greedy.
+        until: the moment of ``time.monotonic()`` at which the search ends, wherever it stands.
     """
     W = weight.float()
     moment = _damped(moment, base.in_features)
@@ -37,10 +44,11 @@ def recode(base: "Aqlm", weight: Tensor, moment: Tensor | None = None, beam: int
     codes = base.codes.long() & (size - 1)
     if moment is None:
         groups = to_groups(W, base.out_group_size, base.in_group_size) / scales
-        flat = nearest_codes(groups.flatten(0, 1), books.flatten(2), codes.flatten(0, 1), beam)
-        codes = flat.reshape(codes.shape)
+        codes = nearest_codes(
+            groups.flatten(0, 1), books.flatten(2), codes.flatten(0, 1), beam, until
+        ).reshape(codes.shape)
     else:
-        codes = weighted_codes(W, codes, books, scales, moment, beam)
+        codes = weighted_codes(W, codes, books, scales, moment, beam, until)
     return replace(base, codes=store(codes, base.codes, base.nbits_per_codebook))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fadapt.bases.aqlm import Aqlm
 from fadapt.bases.aqlm_codes import store
 from fadapt.bases.aqlm_encode import recode, tune_codebooks
-from fadapt.bases.aqlm_search import nearest_codes, to_groups
+from fadapt.bases.aqlm_search import nearest_codes, over, to_groups
 from fadapt.errors import ConfigError
 
 
@@ -26,6 +26,7 @@ def encode(
     rounds: int = 3,
     beam: int = 8,
     generator: torch.Generator,
+    until: float | None = None,
 ) -> Aqlm:
     """``weight`` as an AQLM base.
 
@@ -45,6 +46,7 @@ def encode(
         rounds: of least squares and search, after k-means.
         beam: of the search.
         generator: draws the first vectors of k-means.
+        until: the moment of ``time.monotonic()`` after which nothing is improved any more.
 
     Raises:
         ConfigError: sizes that do not divide, or out of range.
@@ -76,7 +78,7 @@ def encode(
     scales = groups.square().mean((1, 2), keepdim=True).sqrt()
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     points = (groups / scales).flatten(0, 1)
-    books, index = _residual_kmeans(points, num_codebooks, 2**nbits_per_codebook, generator)
+    books, index = _residual_kmeans(points, num_codebooks, 2**nbits_per_codebook, generator, until)
     dtype = torch.int8 if nbits_per_codebook <= 8 else torch.int16
     like = torch.empty(0, dtype=dtype, device=weight.device)
     base = Aqlm(
@@ -86,10 +88,12 @@ def encode(
         bias=bias,
     )
     if num_codebooks > 1 or second_moment is not None:
-        base = recode(base, weight, second_moment, beam)
+        base = recode(base, weight, second_moment, beam, until)
     for _ in range(rounds):
+        if over(until):
+            break
         base = tune_codebooks(base, weight, second_moment)
-        base = recode(base, weight, second_moment, beam)
+        base = recode(base, weight, second_moment, beam, until)
     return base
 
 
@@ -102,12 +106,12 @@ def bits_per_weight(base: Aqlm) -> tuple[float, float]:
 
 
 def _residual_kmeans(
-    points: Tensor, books: int, size: int, generator: torch.Generator
+    points: Tensor, books: int, size: int, generator: torch.Generator, until: float | None
 ) -> tuple[Tensor, Tensor]:
     """Codebooks ``[books, size, d]``, each of what those before it leave, and the codes."""
     found, codes, rest = [], [], points
     for _ in range(books):
-        book = _kmeans(rest, size, generator)
+        book = _kmeans(rest, size, generator, until)
         code = _assign(rest, book)
         found.append(book)
         codes.append(code)
@@ -115,7 +119,9 @@ def _residual_kmeans(
     return torch.stack(found), torch.stack(codes, -1)
 
 
-def _kmeans(points: Tensor, size: int, generator: torch.Generator, steps: int = 8) -> Tensor:
+def _kmeans(
+    points: Tensor, size: int, generator: torch.Generator, until: float | None, steps: int = 8
+) -> Tensor:
     """Lloyd's algorithm on a sample; with no more points than vectors, the points themselves."""
     order = torch.randperm(len(points), generator=generator, device=generator.device)
     sample = points[order[: 64 * size].to(points.device)]
@@ -123,6 +129,8 @@ def _kmeans(points: Tensor, size: int, generator: torch.Generator, steps: int = 
     if len(points) <= size:
         return torch.cat([book, book.new_zeros(size - len(book), book.shape[1])])
     for _ in range(steps):
+        if over(until):
+            break
         code = _assign(sample, book)
         total = torch.zeros_like(book).index_add_(0, code, sample)
         count = torch.bincount(code, minlength=size)[:, None]

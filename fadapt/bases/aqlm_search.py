@@ -5,6 +5,8 @@ a time and keeps several combinations; unlike it, each combination goes its own 
 given the others), so that a step is a product and an argmin over every group's combinations.
 """
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,14 @@ def from_groups(groups: Tensor, out_group: int) -> Tensor:
     return cut.reshape(out_groups * out_group, -1)
 
 
-def nearest_codes(targets: Tensor, books: Tensor, current: Tensor, beam: int) -> Tensor:
+def over(until: float | None) -> bool:
+    """Whether that moment of ``time.monotonic()`` has passed."""
+    return until is not None and time.monotonic() > until
+
+
+def nearest_codes(
+    targets: Tensor, books: Tensor, current: Tensor, beam: int, until: float | None = None
+) -> Tensor:
     """For each target the codes whose vectors sum closest to it, as far as a beam finds them.
 
     Args:
@@ -31,6 +40,7 @@ def nearest_codes(targets: Tensor, books: Tensor, current: Tensor, beam: int) ->
         books: codebooks ``[M, size, d]``.
         current: int64 ``[n, M]``; kept unless something is closer.
         beam: how many combinations are improved beside the current one, at least 1.
+        until: after that moment of ``time.monotonic()``, what is left keeps its codes.
 
     Returns:
         int64 ``[n, M]``.
@@ -38,11 +48,17 @@ def nearest_codes(targets: Tensor, books: Tensor, current: Tensor, beam: int) ->
     # 2**20 floats of scores at a time.
     count = max(1, 2**20 // (books.shape[1] * (beam if len(books) > 1 else 1)))
     pairs = zip(targets.split(count), current.split(count), strict=True)
-    return torch.cat([_nearest(t, books, c, beam) for t, c in pairs])
+    return torch.cat([c if over(until) else _nearest(t, books, c, beam) for t, c in pairs])
 
 
 def weighted_codes(
-    weight: Tensor, codes: Tensor, books: Tensor, scales: Tensor, moment: Tensor, beam: int
+    weight: Tensor,
+    codes: Tensor,
+    books: Tensor,
+    scales: Tensor,
+    moment: Tensor,
+    beam: int,
+    until: float | None = None,
 ) -> Tensor:
     """Codes that lower ``tr((W - V) H (W - V)^T)``, by one pass over the columns' groups.
 
@@ -56,7 +72,7 @@ def weighted_codes(
         books: ``[M, size, out_group, in_group]``.
         scales: ``[out_groups, 1, 1]``, none of them zero.
         moment: H ``[in, in]``, positive definite.
-        beam: as in :func:`nearest_codes`.
+        beam, until: as in :func:`nearest_codes`.
 
     Returns:
         int64, shaped as ``codes``.
@@ -66,6 +82,8 @@ def weighted_codes(
     error = weight - from_groups(vectors(codes, books) * scales, out_group)
     pull = error @ moment
     for j in range(codes.shape[1]):
+        if over(until):
+            break
         here = slice(j * in_group, (j + 1) * in_group)
         block = moment[here, here]
         lower = torch.linalg.cholesky(block)

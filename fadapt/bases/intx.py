@@ -18,7 +18,7 @@ from fadapt.bases.grid import Grid, requantize
 from fadapt.bases.int8 import _dequantize
 from fadapt.bases.op import FrozenLinear
 from fadapt.bases.precision import autocast_input, gemm_dtype
-from fadapt.bases.protocol import register_weight
+from fadapt.bases.protocol import Base, register_weight
 from fadapt.errors import UnsupportedLayerError
 
 
@@ -130,6 +130,19 @@ class Intx:
             self.activation,
         )
         return {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
+
+
+def empty_intx(like: Base, bits: int, group: int) -> Intx:
+    """A base of the shape of ``like``, symmetric, as ``quantize_`` of torchao makes it; its codes
+    are not written."""
+    shape = (like.out_features, like.in_features)
+    return Intx(
+        qdata=torch.empty(shape, dtype=torch.int8, device=like.device),
+        scale=torch.ones(shape[0], shape[1] // group, dtype=like.dtype, device=like.device),
+        block_size=(1, group),
+        bits=bits,
+        dtype=like.dtype,
+    )
 
 
 def _multiply(x: Tensor, dtype: torch.dtype, qdata: Tensor, *scales: Tensor) -> Tensor:
