@@ -1,0 +1,193 @@
+"""An adapter trained here is served by other engines, from its folder as it is.
+
+vLLM: its rules as of 0.32, read from ``vllm/lora/peft_helper.py`` (options, scaling),
+``vllm/lora/utils.py`` (keys), ``vllm/lora/lora_model.py`` (files, layers) and ``vllm/config/lora.py``
+(ranks). vLLM itself wants an older transformers than fadapt, so it cannot stand in one environment
+with it: ``FADAPT_TEST_VLLM=/path/to/python pytest tests/test_serving_recipe.py`` runs it in its own.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from cases import randomized
+from safetensors.torch import load_file
+from small_lm import make_model, make_texts
+from transformers import LlamaForCausalLM
+
+import fadapt as fa
+from fadapt import cli
+from fadapt.merge_folder import merge_folder
+from fadapt.models import SHIPPED, load_model
+
+# Linear layers of vLLM's Llama; qkv_proj and gate_up_proj take the parts that they are packed of.
+LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+LARGEST = 16  # vLLM's default for max_lora_rank
+SERVED = {
+    "lora": fa.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]),
+    "rslora": fa.LoRA(rank=3, alpha=6, rslora=True, init="gaussian"),
+    "patterns": fa.LoRA(rank=4, alpha=6, targets=["q_proj", "down_proj"],
+                        rank_pattern={"down_proj": 2}, alpha_pattern={"0.*q_proj": 3}),
+}  # fmt: skip
+REFUSED = {
+    "dora": (fa.DoRA(rank=2, targets=["q_proj"]), "use_dora"),
+    "oft": (fa.OFT(block_size=4, targets=["o_proj"]), "lora_alpha"),
+    "bias": (fa.LoRA(rank=2, targets=["q_proj"], lora_bias=True), "lora_bias"),
+    "saved": (fa.LoRA(rank=2, targets=["q_proj"], modules_to_save=["model.norm"]), "modules_to"),
+    "pissa": (fa.LoRA(rank=2, targets=["q_proj"], init="pissa"), "init"),
+    "wide": (fa.LoRA(rank=24, targets=["q_proj"]), "rank 24"),
+}
+
+
+def by_vllms_rules(folder):
+    """``{layer: scaling B A}`` as vLLM reads a folder; ValueError with its reason if it does not."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name in ("r", "lora_alpha", "target_modules"):
+        if name not in config:
+            raise ValueError(f"{name} is missing")
+    for name in ("modules_to_save", "use_dora", "lora_bias", "alora_invocation_tokens",
+                 "layer_replication", "use_bdlora", "use_qalora"):  # fmt: skip
+        if config.get(name):
+            raise ValueError(f"{name} is not supported")
+    if config.get("bias", "none") != "none":
+        raise ValueError("bias is not supported")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+        raise ValueError(f"init_lora_weights={init}")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if (largest := max([config["r"], *ranks.values()])) > LARGEST:
+        raise ValueError(f"rank {largest} is greater than {LARGEST}")
+
+    def own(pattern, path, default):
+        hits = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+        return next(hits, default)
+
+    parts = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", key)
+        if not found:
+            raise ValueError(f"{key} is no weight of a LoRA")
+        if found[1].rsplit(".", 1)[-1] not in LAYERS:
+            raise ValueError(f"{found[1]} is no layer that wears adapters")
+        parts[found[1], found[2]] = tensor
+    deltas = {}
+    for path in dict.fromkeys(path for path, _ in parts):
+        a, b = parts[path, "lora_A"], parts[path, "lora_B"]
+        rank, alpha = own(ranks, path, config["r"]), own(alphas, path, config["lora_alpha"])
+        assert a.shape[0] == b.shape[1] == rank
+        deltas[path] = (alpha / (math.sqrt(rank) if config["use_rslora"] else rank)) * b @ a
+    return deltas
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("lm") / "model")
+
+
+def adapter(method, model, seed=0):
+    fresh = fa.init(method, model, generator=torch.Generator().manual_seed(seed))
+    return randomized(fresh, seed)
+
+
+def logits(model, folder, tokens):
+    """What an engine that reads the folder by those rules computes."""
+    state = dict(model.state_dict())
+    for path, delta in by_vllms_rules(folder).items():
+        state[f"{path}.weight"] = state[f"{path}.weight"] + delta
+    return torch.func.functional_call(model, state, (tokens,), tie_weights=False).logits
+
+
+def close(got, want):
+    # float32, sums in another order through two blocks
+    return torch.allclose(got, want, rtol=0, atol=64 * 2**-23 * want.abs().max().item())
+
+
+TOKENS = torch.randint(1, 1536, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", SERVED)
+@torch.no_grad()
+def test_a_saved_folder_means_the_same_by_vllms_rules(lm, tmp_path, name):
+    model, method = LlamaForCausalLM.from_pretrained(lm).eval(), SERVED[name]
+    params = adapter(method, model)
+    fa.save_peft(tmp_path / "a", params, method, model)
+    want = fa.bind(model, method)(params, TOKENS).logits
+    assert close(logits(model, tmp_path / "a", TOKENS), want)
+    assert not close(model(TOKENS).logits, want)
+
+
+def test_what_a_sweep_leaves_is_served(lm, tmp_path):
+    out = tmp_path / "run"
+    small = "--steps 2 --batch 1 --length 8 --rank 2 3 --lr 0.02 --targets q_proj,up_proj"
+    texts = make_texts(tmp_path / "texts")
+    words = ["sweep", "--model", str(lm), "--data", str(texts), "--out", str(out), *small.split()]
+    assert cli.main(words) == 0
+    folders = sorted((out / "adapters").iterdir())
+    assert len(folders) == 4
+    for folder in folders:
+        assert {p.rsplit(".", 1)[-1] for p in by_vllms_rules(folder)} == {"q_proj", "up_proj"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_what_vllm_does_not_take_has_another_way(lm, tmp_path, name):
+    model, (method, reason) = LlamaForCausalLM.from_pretrained(lm).eval(), REFUSED[name]
+    state = None
+    if name == "pissa":
+        params, state = fa.init(method, model)
+        params = randomized(params, 0)
+    else:
+        params = adapter(method, model)
+    want = fa.bind(model, method, state)(params, TOKENS).logits
+    fa.save_peft(tmp_path / "a", params, method, model)
+    with pytest.raises(ValueError, match=reason):
+        by_vllms_rules(tmp_path / "a")
+    if name == "pissa":  # what is read is plain LoRA
+        fa.save_peft(tmp_path / "plain", *fa.load_peft(tmp_path / "a", model), model)
+        assert close(logits(model, tmp_path / "plain", TOKENS), want)
+    elif name not in ("saved", "bias"):  # merged, the model is served as any other
+        merge_folder(lm, [tmp_path / "a"], tmp_path / "merged")
+        merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert close(merged(TOKENS).logits, want)
+
+
+@pytest.mark.skipif(
+    "FADAPT_TEST_VLLM" not in os.environ, reason="FADAPT_TEST_VLLM names no Python with vLLM"
+)
+def test_vllm_itself_gives_each_prompt_the_tokens_that_fadapt_generate_gives(tmp_path, capsys):
+    model, prompts, words = load_model(SHIPPED / "model", "dense"), [], []
+    for k, (name, method) in enumerate(SERVED.items()):
+        params = fa.init(method, model, generator=torch.Generator().manual_seed(k))
+        g = torch.Generator().manual_seed(k)  # small enough to stay a language model
+        params = torch.utils._pytree.tree_map(
+            lambda t, g=g: 0.6 * t + 0.12 * torch.randn(t.shape, generator=g), params
+        )
+        fa.save_peft(tmp_path / name, params, method, model)
+        words.append(f"{name}={tmp_path / name}")
+    for text in ("import", "def read(self, path):", "<p>The"):
+        prompts += [json.dumps({"adapter": n, "prompt": text}) for n in ("base", *SERVED)]
+    (tmp_path / "p.jsonl").write_text("\n".join(prompts))
+    flags = [part for word in words for part in ("--adapter", word)]
+    given = ["--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "7"]
+    assert cli.main(["generate", *flags, *given]) == 0
+    ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    script = Path(__file__).parent.parent / "benchmarks" / "serve_vllm.py"
+    done = subprocess.run(
+        [os.environ["FADAPT_TEST_VLLM"], script, SHIPPED / "model", tmp_path / "p.jsonl", *words],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(theirs) == len(ours) == 12, done.stderr[-2000:]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["adapter"], one["prompt"]) == (other["adapter"], other["prompt"])
+        assert one["tokens"] == other["tokens"]
+    assert len({tuple(line["tokens"]) for line in ours}) > 9
