@@ -1,4 +1,4 @@
-"""The prompts of `fadapt generate`, by vLLM: the same folders, unchanged. Run by a Python with vLLM:
+"""The prompts of `fadapt generate`, by vLLM, from the same folders. Run by a Python that has vLLM:
 
     python serve_vllm.py MODEL PROMPTS.jsonl NAME=ADAPTER ... > lines.jsonl
 

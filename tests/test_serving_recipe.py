@@ -1,9 +1,9 @@
 """An adapter trained here is served by other engines, from its folder as it is.
 
-vLLM: its rules as of 0.32, read from ``vllm/lora/peft_helper.py`` (options, scaling),
-``vllm/lora/utils.py`` (keys), ``vllm/lora/lora_model.py`` (files, layers) and ``vllm/config/lora.py``
-(ranks). vLLM itself wants an older transformers than fadapt, so it cannot stand in one environment
-with it: ``FADAPT_TEST_VLLM=/path/to/python pytest tests/test_serving_recipe.py`` runs it in its own.
+vLLM: its rules as of 0.32, read from ``vllm/lora/peft_helper.py`` (options, scaling), ``utils.py``
+(keys) and ``lora_model.py`` (files, layers) beside it, and ``vllm/config/lora.py`` (ranks). vLLM
+itself wants an older transformers than fadapt, so it has no place in fadapt's own environment:
+``FADAPT_TEST_VLLM=/path/to/python pytest tests/test_serving_recipe.py`` runs it in another.
 """
 
 import json
@@ -45,7 +45,7 @@ REFUSED = {
 
 
 def by_vllms_rules(folder):
-    """``{layer: scaling B A}`` as vLLM reads a folder; ValueError with its reason if it does not."""
+    """``{layer: scaling B A}`` as vLLM reads a folder; ValueError if it does not, and why."""
     config = json.loads((folder / "adapter_config.json").read_text())
     for name in ("r", "lora_alpha", "target_modules"):
         if name not in config:
