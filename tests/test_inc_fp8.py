@@ -75,6 +75,24 @@ def test_the_gradient_is_straight_through_at_every_scale(method, scale):
     torch.testing.assert_close(many, got, rtol=1e-6, atol=1e-7 * scale)
 
 
+@pytest.mark.parametrize("kind", ["E4M3", "E5M2"])
+@pytest.mark.parametrize("hp", DTYPES)
+def test_the_gradient_in_every_format_is_exact_to_the_dtypes_own_rounding(hp, kind):
+    base, dtype = fa.base_of(inc_layer(16, 8, hp=hp, kind=kind)), DTYPES[hp]
+    x = 4 * normal(6, 16, dtype=dtype)
+    inside = (x.double() / base.act_scale.double()).abs() <= base.layer.limit
+    assert not inside.all()
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for scale in (10.0**k for k in range(-6, 4)):
+        g = (normal(6, 8, seed=4) * scale).to(dtype)
+        want = (g.double() @ base.dequantize().double()) * inside
+        got = grad(lambda x, g=g: (base.linear(x) * g).double().sum())(x)
+        # A sum of 8 products in float32, rounded once to a number of the dtype (or a subnormal).
+        bound = eps / 2 * want.abs() + tiny / 2 + 8 * 2.0**-23 * float(want.abs().max())
+        assert ((got.double() - want).abs() <= bound).all(), scale
+        assert got[inside].count_nonzero() > 0.9 * inside.sum()
+
+
 def test_an_earlier_layers_gradient_keeps_its_norm():
     """Two layers: INC's own backward casts to float8, so the first layer's gradient over the
     upstream scale changes with it. Ours is the same number at every power of two."""

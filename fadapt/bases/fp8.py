@@ -59,14 +59,19 @@ def cast(x: Tensor, scale: Tensor, how: Rounding, inverse: Tensor | None = None)
         x: ``[..., in]``, floating.
         scale: what a code stands for; broadcasts over x.
         how: to what.
-        inverse: multiplied with instead of dividing by ``scale``.
+        inverse: multiplied with instead of dividing by ``scale``; in x's own dtype, as a Gaudi
+            does.
     """
-    steps = x.float() / scale if inverse is None else x.float() * inverse
+    steps = _steps(x, scale, inverse)
     still = steps.detach()
     codes = still.clamp(-how.limit, how.limit).to(how.kind).float()
     through = torch.where(_inside(still, how), steps, codes)
     # Exact: a float and its rounding are within a factor of two, so their difference has no error.
     return through + (codes - through.detach())
+
+
+def _steps(x: Tensor, scale: Tensor, inverse: Tensor | None) -> Tensor:
+    return x.float() / scale if inverse is None else (x * inverse.to(x.dtype)).float()
 
 
 def _inside(steps: Tensor, how: Rounding) -> Tensor:
@@ -90,13 +95,13 @@ def rounded_product(
         how: how x is rounded.
         weight: codes ``[out, in]`` and scale.
         static: the product's constants.
-        inverse: multiplied with instead of dividing by ``scale``.
+        inverse: as :func:`cast`'s.
     """
     if torch.compiler.is_compiling():
         # What is compiled is differentiated through the body: round on the way in.
         return op((cast(x, scale, how, inverse) * scale).to(how.result), weight, static)
     still = x.detach()
-    steps = still.float() / scale if inverse is None else still.float() * inverse
+    steps = _steps(still, scale, inverse)
     codes = steps.clamp(-how.limit, how.limit).to(how.kind)
     scales = scale.expand(*x.shape[:-1], 1)
     # Only the derivative of this counts: its value is that of the codes.
@@ -134,7 +139,7 @@ def scaled_product(
         x_rows = x_rows[:1]
     if gaudi(codes.device):
         x_rows = x_rows.reshape(()) if static.one else x_rows
-        w_scale = scale.reshape(() if scale.numel() == 1 else -1)
+        w_scale = scale.float().reshape(() if scale.numel() == 1 else -1)
         y = torch.ops.hpu.fp8_gemm_v2(
             rows, False, codes.mT, False, None, static.result, x_rows, w_scale, None, False
         )

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from neural_compressor.torch.algorithms.fp8_quant._core.common import QuantTensorType
 from neural_compressor.torch.algorithms.fp8_quant._core.fp_utils import get_fullscale
+from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods.scales_method import (
+    DummyScales,
+    MaxAbsDynamicPcs,
+    MaxAbsDynamicPts,
+)
 from neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules import (
     PatchedLinear,
     PatchedUnmeasuredModule,
@@ -98,16 +103,15 @@ class IncFp8:
         """
         x = autocast_input(x)
         scale, inverse = self._activation(x.detach())
-        static = fp8.Format(
-            self.dtype,
-            self.dtype,
-            native=True,
-            scaled=self.layer.mode == "fp8" and fp8.gaudi(x.device),
-            one=self.layer.dynamic is None,
-        )
-        how = fp8.Rounding(self.layer.kind, self.layer.limit, self.dtype)
+        gemm = self.layer.mode == "fp8"
+        scaled = gemm and not torch.compiler.is_compiling() and fp8.gaudi(x.device)
+        # That GEMM rounds neither codes * scale nor its sum before the end: float32 has room.
+        wide = torch.float32 if gemm and not scaled else self.dtype
+        one = self.layer.dynamic is None
+        static = fp8.Format(wide, wide, native=True, scaled=scaled, one=one)
+        how = fp8.Rounding(self.layer.kind, self.layer.limit, wide)
         weight = (self.weight.mT, self.scale)
-        y = fp8.rounded_product(x, scale, how, weight, static, inverse)
+        y = fp8.rounded_product(x, scale, how, weight, static, inverse).to(self.dtype)
         return y if self.bias is None else y + self.bias
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,7 +168,10 @@ class IncFp8:
             )
         state = {"weight": self._stored()}
         if held is None:
-            state[self.layer.scale_name] = self.scale.reshape(-1 if len(self.scale) > 1 else ())
+            scale = self.scale.reshape(-1 if len(self.scale) > 1 else ())
+            state[self.layer.scale_name] = scale
+            if self.layer.mode == "fake":  # which rounds by the one and multiplies by the other
+                state[self.layer.scale_name + "_inv"] = scale.reciprocal()
         return state | ({} if self.bias is None else {"bias": self.bias})
 
     def _stored(self) -> Tensor:
@@ -174,9 +181,8 @@ class IncFp8:
         """The activation's scale, and what to multiply by where INC does not divide."""
         if self.act_scale is not None:
             return self.act_scale.float(), self.act_inverse
-        made = self.layer.dynamic
-        scale = made.calc_scales(x, QuantTensorType.DYNAMIC)
-        return scale.float(), made.invert_scales(scale).float()
+        scale = _dynamic_scale(self.layer.dynamic, x)
+        return scale.float(), scale.reciprocal()
 
 
 def inc_layer(base: IncFp8, layer: nn.Module) -> nn.Module:
@@ -197,6 +203,20 @@ def inc_layer(base: IncFp8, layer: nn.Module) -> nn.Module:
     if base.layer.mode == "fake":
         owner.scale_inv = nn.Parameter(scale.reciprocal(), requires_grad=False)
     return fresh
+
+
+def _dynamic_scale(made: Any, x: Tensor) -> Tensor:
+    """The scale that INC's ``made`` gives x ``[..., in]``: one, or ``[..., 1]``, in its dtype."""
+    if x.device.type == "hpu":
+        scale: Tensor = made.calc_scales(x, QuantTensorType.DYNAMIC)
+    else:  # the op that INC's own call takes may exist on a Gaudi alone: the same without it
+        reach = x.abs()
+        per_row = isinstance(made, MaxAbsDynamicPcs)
+        amax = reach.amax(made.dim, keepdim=True) if per_row else reach.amax()
+        scale = amax / (made.fullscale * made.backoff)
+        rounding = made.round_scale_method
+        scale = type(rounding).calc(rounding, scale if per_row else scale.to(made.hp_dtype))
+    return torch.where(scale > 0, scale, 1.0)  # of zeros: INC's own is 0 * inf
 
 
 def _tensor(scale: float | Tensor, device: torch.device) -> Tensor:
@@ -222,11 +242,19 @@ def _read(layer: PatchedLinear) -> IncFp8:
     act_scale = act_inverse = made = None
     if layer.is_dynamic_quantization:
         made = quant.input_scales_creator
+        if isinstance(made, DummyScales):  # of a layer that INC's load() made: always 1
+            act_scale = act_inverse = torch.ones(1, device=device)
+            made = None
+        elif not isinstance(made, (MaxAbsDynamicPts, MaxAbsDynamicPcs)):
+            raise UnsupportedLayerError(
+                f"An INC layer whose dynamic scales are made by {type(made).__name__}; fadapt "
+                "reads MaxAbsDynamicPts and MaxAbsDynamicPcs. Choose another scale_method."
+            )
     elif mode == "qdq":
         act_scale = _tensor(quant.scale, device)
     else:
         act_scale = _tensor(quant.scale if mode == "fake" else layer.scale_input, device)
-        act_inverse = _tensor(quant.scale_inv, device).float()
+        act_inverse = _tensor(quant.scale_inv, device)
     if act_scale is not None and act_scale.numel() != 1:
         raise UnsupportedLayerError(
             f"An INC layer with {act_scale.numel()} activation scales (SmoothQuant); fadapt reads "
@@ -234,8 +262,8 @@ def _read(layer: PatchedLinear) -> IncFp8:
         )
     limit = _limit(layer)
     if mode == "fake":  # the layer rounds this float weight at every call; here it is done once
-        steps = weight.mT.float() / scale.float()
-        weight = steps.clamp(-limit, limit).to(kind).mT
+        steps = weight * _tensor(layer.qdq_weights.scale_inv, device).to(weight.dtype)
+        weight = steps.float().clamp(-limit, limit).to(kind)
     return IncFp8(
         weight=weight,
         scale=scale,
