@@ -1,6 +1,6 @@
 """The mixed batch: one forward in which each row wears its own adapter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.functional import AdaptedLinear, Forward, bind, join
+from fadapt.functional import AdaptedLinear, Forward, bind, form_of, join
 from fadapt.kinds import Kinds
 from fadapt.method import Method
 from fadapt.rows import Rows, rows_of
@@ -18,16 +18,21 @@ Ids = Sequence[int] | Tensor | tuple[Rows, ...]
 
 
 class _Held(nn.Module):
-    """Where ``functional_call`` puts a call's :class:`Rows` for the layers of a shell to read."""
+    """Where a call's :class:`Rows` are put for the layers of a shell to read: whole, or where a
+    tracer is to see them, tensor by tensor."""
 
     def __init__(self, kinds: int) -> None:
         super().__init__()
+        self.whole: tuple[Rows, ...] | None = None
         for kind in range(kinds):
             for name in Rows.__dataclass_fields__:
                 self.register_buffer(f"{name}{kind}", None, persistent=False)
 
     def rows(self, kind: int) -> Rows:
-        return Rows(**{name: getattr(self, f"{name}{kind}") for name in Rows.__dataclass_fields__})
+        if self.whole is not None:
+            return self.whole[kind]
+        held = self._buffers
+        return Rows(**{name: held[f"{name}{kind}"] for name in Rows.__dataclass_fields__})
 
 
 class _Worn:
@@ -57,15 +62,18 @@ class MixedLinear(AdaptedLinear):
         self.path = path
         self.parts = {kind: layer.method for kind, layer in parts.items()}
         self._held = [held]  # in a list: not a child of every layer
-        for kind, method in self.parts.items():
-            for fields in (method.params_type._fields, method.prepared_type._fields):
-                for name in fields:
-                    self.register_buffer(f"{name}{kind}", None, persistent=False)
+        self._types = {kind: method.prepared_type for kind, method in self.parts.items()}
+        self._names: dict[int, list[str]] = {}
+        for kind, prepared in self._types.items():
+            self._names[kind] = [f"{name}{kind}" for name in prepared._fields]
+            for name in self._names[kind]:
+                self.register_buffer(name, None, persistent=False)
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """``[n, ..., in] -> [n, ..., out]``, row by row through its adapter."""
         (x,) = (*inputs, *named.values())
         base: Any = self.base
+        held = self._buffers
         for kind, method in self.parts.items():
             rows = self._held[0].rows(kind)
             if rows.ids is None:
@@ -76,8 +84,7 @@ class MixedLinear(AdaptedLinear):
                     "ids: in a mixed batch the first axis of every adapted layer's input must be "
                     "the row. Exclude layers that see rows joined or cut up."
                 )
-            prepared = method.prepared_type
-            params = prepared(*[getattr(self, f"{name}{kind}") for name in prepared._fields])
+            params = self._types[kind](*[held[name] for name in self._names[kind]])
             base = _Worn(base, method, params, rows)
         y: Tensor = base.linear(x)
         return y
@@ -114,6 +121,8 @@ class Mixed:
         self._held = join(first, _HELD)
         self.shell = shell
         self._forward = Forward(shell, self.layers, {}, kinds[0])
+        # The banks that were checked last, one of each kind; see form_of.
+        self._fits: list[Any] = [None] * len(kinds)
 
     def __repr__(self) -> str:
         return f"Mixed({type(self.shell).__name__}, {len(self.layers)} layers, {self.method})"
@@ -140,26 +149,34 @@ class Mixed:
         """
         if bank is None:
             return self._forward(None, *args, **kwargs)
-        return self._forward.run(self.tensors(self.prepare(bank), ids), args, kwargs)
+        return self.run(bank, ids, args, kwargs)
 
-    def buffers(self) -> list[tuple[str, Tensor]]:
-        """The shell's own buffers, by name."""
-        return list(self._forward._buffers)
-
-    def tensors(self, prepared: Any, ids: Ids) -> dict[str, Tensor]:
-        """A prepared bank and ids as the shell's tensors, by name, for ``functional_call``."""
-        banks = self._banks(prepared)
-        tensors: dict[str, Tensor] = {}
-        for kind, (one, rows) in enumerate(zip(banks, self.rows(ids, prepared), strict=True)):
+    def run(
+        self,
+        bank: Any,
+        ids: Ids,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Call the shell, or a function that runs it, with a bank and ids."""
+        prepared = self.prepare(bank)
+        each = self.rows(ids, prepared)
+        tensors: dict[str, Any] = {}
+        whole = not torch.compiler.is_compiling()
+        if whole:
+            tensors[join(self._held, "whole")] = each
+        for kind, (one, rows) in enumerate(zip(self._banks(prepared), each, strict=True)):
             if rows.ids is None:
                 continue
-            for name, tensor in vars(rows).items():
-                if tensor is not None:
-                    tensors[join(self._held, f"{name}{kind}")] = tensor
+            if not whole:
+                for name, tensor in vars(rows).items():
+                    if tensor is not None:
+                        tensors[join(self._held, f"{name}{kind}")] = tensor
             for path, leaf in one.items():
-                for name, tensor in leaf._asdict().items():
-                    tensors[join(path, f"{name}{kind}")] = tensor
-        return tensors
+                for name, tensor in zip(self.layers[path]._names[kind], leaf, strict=True):
+                    tensors[join(path, name)] = tensor
+        return self._forward.run(tensors, args, kwargs, function)
 
     def rows(self, ids: Ids, bank: Any) -> tuple[Rows, ...]:
         """Ids checked against a bank, and laid out for all layers.
@@ -169,15 +186,14 @@ class Mixed:
         """
         if isinstance(ids, tuple) and ids and isinstance(ids[0], Rows):
             return ids
-        firsts = [tree_leaves(dict(one))[0] for one in self._banks(bank)]
+        firsts = [next(iter(one.values()))[0] for one in self._banks(bank)]
         if isinstance(self.method, Kinds):
             ids = self.method.flat(ids)
         return rows_of(ids, [t.shape[0] for t in firsts], firsts[0].device)  # type: ignore[arg-type]
 
     def prepare(self, bank: Any) -> Any:
         """What can be built of a bank once for several calls, which take it instead."""
-        banks = self._banks(bank)
-        each = [self._prepare(f, one) for f, one in zip(self._forwards, banks, strict=True)]
+        each = [self._prepare(kind, one) for kind, one in enumerate(self._banks(bank))]
         return tuple(each) if isinstance(self.method, Kinds) else each[0]
 
     def _banks(self, bank: Any) -> Sequence[Mapping[str, Any]]:
@@ -190,15 +206,11 @@ class Mixed:
             )
         return bank
 
-    def _prepare(self, forward: Forward, bank: Mapping[str, Any]) -> Mapping[str, Any]:
-        leaves = tree_leaves(dict(bank))
-        # No set of sizes: one that torch.export traces has no hash.
-        if not leaves or any(not t.dim() or t.shape[0] != leaves[0].shape[0] for t in leaves):
-            raise AdapterError(
-                f"not a bank: its leaves are {[list(t.shape) for t in leaves[:6]]}, and the first "
-                "axis of each must be K, the number of adapters. fadapt.stack makes one."
-            )
-        forward._check(tree_map(lambda t: t[0], dict(bank)))
+    def _prepare(self, kind: int, bank: Mapping[str, Any]) -> Mapping[str, Any]:
+        forward, form = self._forwards[kind], form_of(bank)
+        if form is None or form != self._fits[kind]:
+            _check_bank(forward, bank)
+            self._fits[kind] = form
         method = forward.method
         if all(type(leaf) is method.prepared_type for leaf in bank.values()):
             return bank
@@ -243,6 +255,17 @@ def bind_mixed(
     for one in method.methods if isinstance(method, Kinds) else (method,):
         _check_method(one)
     return Mixed(model, method, state)
+
+
+def _check_bank(forward: Forward, bank: Mapping[str, Any]) -> None:
+    leaves = tree_leaves(dict(bank))
+    # No set of sizes: one that torch.export traces has no hash.
+    if not leaves or any(not t.dim() or t.shape[0] != leaves[0].shape[0] for t in leaves):
+        raise AdapterError(
+            f"not a bank: its leaves are {[list(t.shape) for t in leaves[:6]]}, and the first "
+            "axis of each must be K, the number of adapters. fadapt.stack makes one."
+        )
+    forward._check(tree_map(lambda t: t[0], dict(bank)))
 
 
 def _check_method(method: Method) -> None:

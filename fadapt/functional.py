@@ -1,8 +1,8 @@
 """``bind``: a model and a method become a pure function of the adapter's parameters.
 
 The function runs a *shell*: a copy of the model's module tree that shares every tensor with it, in
-which each target layer is replaced by an :class:`AdaptedLinear`. ``torch.func.functional_call``
-hands the shell its parameters for the time of one call. The model itself is never touched.
+which each target layer is replaced by an :class:`AdaptedLinear`. It is handed its parameters for
+the time of one call, as ``torch.func.functional_call`` does. The model itself is never touched.
 
 Which setting of a transformers model each transform needs (tests/test_transformers.py runs each):
 
@@ -23,7 +23,7 @@ activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward
 
 import copy
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.bases import Base, Dense, base_of, is_supported
-from fadapt.checkpointing import Calls, keep_adapter
+from fadapt.checkpointing import keep_adapter
 from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
+from fadapt.lending import Lender
 from fadapt.method import Method
 from fadapt.random import keep_mask
 from fadapt.targets import find_targets, match_list
@@ -60,7 +61,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.method = method
         self.path = path
-        self.calls: Calls | None = None
+        self.lender: Lender | None = None
         # Told by the path alone, so that an adapter's masks do not depend on what else is adapted.
         self.stream = zlib.crc32(path.encode())
         self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
@@ -83,17 +84,18 @@ class AdaptedLinear(nn.Module):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``; one input, by whatever name the layer itself gives it."""
         (x,) = (*inputs, *named.values())
-        given = {n: t for n in self.fields if (t := getattr(self, n)) is not None}
+        held = self._buffers
+        given = {n: t for n in self.fields if (t := held[n]) is not None}
         if not given:
-            if self.calls is not None and not torch.compiler.is_compiling():
-                self.calls.check(self.path)
+            if self.lender is not None and not torch.compiler.is_compiling():
+                self.lender.check(self.path)
             return self.base.linear(x)
         params = self.kinds[tuple(given)](**given)
         return self.method.apply(self.base, params, x, self._keep(params, x))
 
     def _keep(self, params: Any, x: Tensor) -> Tensor | None:
-        keep: Tensor | None = self.dropout_keep
-        seed: Tensor | None = self.dropout_seed
+        keep = self._buffers["dropout_keep"]
+        seed = self._buffers["dropout_seed"]
         if seed is not None:
             shape = self.method.keep_shape(params, x)
             return keep_mask(seed + self.stream, shape, self.method.dropout)
@@ -129,10 +131,12 @@ class Forward:
         self.layers = dict(layers)
         self.saved = dict(saved)
         self.method = method
-        self._calls = Calls()
+        self._lender = Lender(shell)
         for layer in self.layers.values():
-            layer.calls = self._calls
-        keep_adapter(shell, self._calls)
+            layer.lender = self._lender
+        keep_adapter(shell, self._lender)
+        self._paths = self.layers.keys() | self.saved.keys()
+        self._fits: Any = None
         self._buffers = [
             (name, buffer)
             for name, buffer in shell.named_buffers(remove_duplicate=False)
@@ -172,20 +176,28 @@ class Forward:
         tensors = self._seeds(dropout)
         if params is not None:
             for path, leaf in self.prepare(params).items():
-                fields = leaf._asdict() if hasattr(leaf, "_asdict") else leaf
-                tensors |= {join(path, name): tensor for name, tensor in fields.items()}
+                fields: Any = getattr(leaf, "_fields", leaf)
+                for name, tensor in zip(fields, _parts(leaf), strict=True):
+                    tensors[join(path, name)] = tensor
         return self.run(tensors, args, kwargs)
 
-    def run(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the shell with these tensors, by name, in place of what it holds."""
+    def run(
+        self,
+        tensors: dict[str, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Call the shell, or a function that runs it, with these tensors, by name, in place of what
+        it holds."""
         # A forward may write to its buffers (running statistics): let it write to copies.
         copies: dict[int, Tensor] = {}
         for name, buffer in self._buffers:
-            tensors.setdefault(name, copies.setdefault(id(buffer), buffer.clone()))
-        if torch.compiler.is_compiling():
-            return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
-        with self._calls.holding(tensors):
-            return torch.func.functional_call(self.shell, tensors, args, kwargs, tie_weights=False)
+            if name not in tensors:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+                tensors[name] = copies[id(buffer)]
+        return self._lender.call(function or self.shell, tensors, args, kwargs)
 
     def prepare(self, params: Adapter) -> Adapter:
         """What a method can build of an adapter once for several calls, which take it instead.
@@ -199,7 +211,10 @@ class Forward:
         return self.method.prepare(params, {path: at.base for path, at in self.layers.items()})
 
     def _check(self, params: Adapter) -> None:
-        expected = self.layers.keys() | self.saved.keys()
+        form = form_of(params)
+        if form is not None and form == self._fits:
+            return
+        expected = self._paths
         if params.keys() != expected:
             missing, unknown = expected - params.keys(), params.keys() - expected
             hint = near(min(unknown), expected) if unknown else ""
@@ -216,6 +231,7 @@ class Forward:
                     f"module {path!r} is saved whole: expected the parameters {list(names)}, got "
                     f"{sorted(params[path])}."
                 )
+        self._fits = form
 
     def _seeds(self, dropout: Dropout) -> dict[str, Tensor]:
         if dropout is None:
@@ -255,7 +271,7 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
     It shares every tensor with the model, detached: no gradient ever reaches the model. Modes
     (train or eval) are the model's at the time of binding. Buffers that a forward writes to are
     written in a copy and forgotten. Calls of one ``Forward`` from several threads at once are not
-    supported (``functional_call`` lends the shell its tensors): bind one for each.
+    supported (each lends the shell its tensors): bind one for each.
 
     Args:
         model: any ``nn.Module``; left as it is.
@@ -384,6 +400,28 @@ def _frozen(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=False)
     return tensor.detach()
+
+
+def form_of(params: Adapter) -> Any:
+    """All that a check of ``params`` reads: paths, types, shapes and dtypes. What passed once need
+    not be checked again. None where the shapes are a tracer's, which are not to be kept."""
+    if torch.compiler.is_compiling():
+        return None
+    form: list[Any] = []
+    for path, leaf in params.items():
+        form += path, type(leaf)
+        if isinstance(leaf, Mapping):
+            form += leaf
+        for part in _parts(leaf):
+            form += (part.shape, part.dtype) if isinstance(part, Tensor) else (type(part),)
+    return form
+
+
+def _parts(leaf: Any) -> Iterable[Any]:
+    """The tensors of one layer's parameters."""
+    if isinstance(leaf, Mapping):
+        return leaf.values()
+    return leaf if isinstance(leaf, tuple) else ()
 
 
 def join(path: str, name: str) -> str:

@@ -17,17 +17,6 @@ from fadapt.errors import AdapterError, ConfigError
 from fadapt.random import hashed_uniform
 
 
-class _Generate(nn.Module):
-    """``generate`` as a forward, for ``functional_call`` to lend the shell its tensors."""
-
-    def __init__(self, shell: nn.Module):
-        super().__init__()
-        self.shell = shell
-
-    def forward(self, **kwargs: Any) -> Any:
-        return self.shell.generate(**kwargs)  # type: ignore[operator]
-
-
 def generate(
     model: nn.Module | Mixed,
     bank: Bank,
@@ -84,12 +73,8 @@ def generate(
     elif seed is not None:
         raise ConfigError("seed= was given, but nothing is sampled: pass do_sample=True.")
     ids = [k for k in bank.ids(names) for _ in range(max(beams, copies))]
-    tensors = mixed.tensors(mixed.prepare(bank.params), ids)
-    # What a model writes to its buffers (a rotary embedding that grows) goes to copies.
-    held = {f"shell.{name}": buffer.clone() for name, buffer in mixed.buffers()}
-    held |= {f"shell.{name}": tensor for name, tensor in tensors.items()}
-    run = _Generate(shell)
-    return torch.func.functional_call(run, held, (), options, tie_weights=False)
+    run: Any = shell.generate
+    return mixed.run(bank.params, ids, (), options, run)
 
 
 def _sampler(seeds: Tensor) -> Any:

@@ -127,6 +127,8 @@ class LoRA:
         Raises:
             TargetError: a key of a pattern matches none of the paths.
         """
+        if not self.rank_pattern and not self.alpha_pattern:
+            return dict.fromkeys(paths, self)
         ranks = pattern_values(self.rank_pattern, paths, "rank_pattern")
         alphas = pattern_values(self.alpha_pattern, paths, "alpha_pattern")
         plain = replace(self, rank_pattern={}, alpha_pattern={})

@@ -52,7 +52,8 @@ class Method(Protocol):
         ...
 
     def check(self, base: Base, params: Any, path: str) -> None:
-        """Raise AdapterError unless one layer's parameters fit its base. Reads shapes alone."""
+        """Raise AdapterError unless one layer's parameters fit its base. Reads types, shapes and
+        dtypes alone: what passed is not checked again."""
         ...
 
     def prepare(self, params: Mapping[str, Any], bases: Mapping[str, Base]) -> Mapping[str, Any]:

@@ -145,22 +145,23 @@ def add_low_rank(
         bias: ``[K, out]`` or None.
     """
     # [products, rows of each, in]: a product a row of the batch, or one an adapter.
-    flat = x.reshape(rows.products(x), -1, x.shape[-1])
-    if _grouped_pays(flat, A, B, rows):
+    whole = x.dim() == 3 and rows.grid is None
+    flat = x if whole else x.reshape(rows.products(x), -1, x.shape[-1])
+    if rows.order is not None and _grouped_pays(flat, A, B, rows):
         return _add_grouped(y, flat, A, B, rows, scaling, bias)
     h = torch.bmm(flat, rows.pick(A).mT)
-    if scaling != 1:
-        h = h * scaling
     of_rows = rows.pick(B).mT
-    out = y.reshape(flat.shape[0], -1, y.shape[-1])
-    if bias is None and out.dtype == h.dtype == of_rows.dtype:
-        total = torch.baddbmm(out, h, of_rows)
+    out = y if whole else y.reshape(flat.shape[0], -1, y.shape[-1])
+    if bias is None and out.dtype == h.dtype:
+        total = torch.baddbmm(out, h, of_rows, alpha=scaling)
     else:
+        if scaling != 1:
+            h = h * scaling
         update = torch.bmm(h, of_rows)
         if bias is not None:
             update = update + rows.pick(bias * scaling).unsqueeze(1)
         total = out + update.to(out.dtype)
-    return keep_base(total.reshape(y.shape), y, rows)
+    return keep_base(total if whole else total.reshape(y.shape), y, rows)
 
 
 def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
@@ -208,8 +209,7 @@ def _add_grouped(
 def _grouped_pays(x: Tensor, A: Tensor, B: Tensor, rows: Rows) -> bool:
     # Inference alone: the grouped product has no rule for vmap, jvp and batched gradients.
     return (
-        rows.order is not None
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and not (torch.is_grad_enabled() and (x.requires_grad or A.requires_grad))

@@ -52,6 +52,8 @@ class Dense:
         on a CPU without a GEMM of x's dtype, where it multiplies in float32."""
         if self.transposed:
             return _conv1d(x, self.weight, self.bias)
+        if x.device.type != "cpu":
+            return F.linear(x, self.weight, self.bias)
         low = autocast_input(x)
         if gemm_dtype(low) == low.dtype:
             return F.linear(x, self.weight, self.bias)
