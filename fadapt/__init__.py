@@ -3,7 +3,7 @@
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.aqlm_merge import Recode
 from fadapt.bank import Bank
-from fadapt.bases import Base, Dense, base_of, register_base
+from fadapt.bases import Base, Conv, Dense, Embedding, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
 from fadapt.calibration import calibrate, input_amax
 from fadapt.combine import combine
@@ -15,6 +15,8 @@ from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
 from fadapt.graphs import cuda_graph
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.lora_conv import ConvLoRA as _ConvLoRA  # noqa: F401 - registers it
+from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.merge_report import LayerReport, MergeReport, merge_report
 from fadapt.merging import merge, merged_model, unmerge
 from fadapt.method import Method
@@ -29,15 +31,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Bank",
     "Base",
+    "Conv",
     "Dense",
     "Description",
     "DoRA",
     "DoRANormed",
     "DoRAParams",
+    "Embedding",
     "Forward",
     "LayerReport",
     "LoRA",
     "LoRABiasParams",
+    "LoRAEmbeddingParams",
     "LoRAParams",
     "MergeReport",
     "Method",

@@ -43,6 +43,11 @@ class Adapted:
         return self.base.out_features  # type: ignore[no-any-return]
 
     @property
+    def patch(self) -> torch.Size:
+        """As a convolution's."""
+        return self.base.patch  # type: ignore[no-any-return]
+
+    @property
     def dtype(self) -> torch.dtype:
         """As the base's."""
         return self.base.dtype  # type: ignore[no-any-return]

@@ -9,7 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from fadapt.errors import AdapterError
 from fadapt.functional import join, layers_of, read, saved_modules
-from fadapt.method import Method
+from fadapt.method import Method, over
+
+# The fields that an update is linear in.
+_SCALED = ("lora_B", "lora_embedding_B", "lora_bias")
 
 
 def init(method: Method, model: nn.Module, *, generator: torch.Generator | None = None) -> Any:
@@ -40,7 +43,8 @@ def init(method: Method, model: nn.Module, *, generator: torch.Generator | None 
     params: dict[str, Any] = {}
     residual: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        params[path], left = at[path].init_layer(read(path, layer), generator)
+        base = read(path, layer)
+        params[path], left = over(base, at[path], path).init_layer(base, generator)
         if left is not None:
             held = dict(layer.named_parameters()) | dict(layer.named_buffers())
             state = {n: t for n, t in left.state().items() if n in held}
@@ -83,7 +87,7 @@ def scale_by(
 
 
 def _scale(leaf: Any, scaling: float | Tensor) -> Any:
-    fields = {n: getattr(leaf, n) * scaling for n in ("lora_B", "lora_bias") if hasattr(leaf, n)}
+    fields = {n: getattr(leaf, n) * scaling for n in _SCALED if hasattr(leaf, n)}
     if not fields:
         raise AdapterError(f"{type(leaf).__name__} has no update that a number could scale.")
     return leaf._replace(**fields)

@@ -212,7 +212,7 @@ class Mixed:
             _check_bank(forward, bank)
             self._fits[kind] = form
         method = forward.method
-        if all(type(leaf) is method.prepared_type for leaf in bank.values()):
+        if all(type(leaf) is self.layers[p]._types[kind] for p, leaf in bank.items()):
             return bank
         bases = {path: layer.base for path, layer in forward.layers.items()}
         return torch.func.vmap(lambda one: dict(method.prepare(one, bases)))(dict(bank))

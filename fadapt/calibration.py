@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fadapt.bases import is_linear
 from fadapt.errors import AdapterError
 from fadapt.functional import bind
 
@@ -25,8 +26,8 @@ def calibrate(
             ones.
 
     Returns:
-        ``{path: float32 [in, in]}``. A layer of ``in`` inputs needs at least as many tokens for a
-        matrix of full rank.
+        ``{path: float32 [in, in]}`` of the linear ones among them. A layer of ``in`` inputs needs
+        at least as many tokens for a matrix of full rank.
 
     Raises:
         AdapterError: no batch, or a layer that none of them reached.
@@ -99,7 +100,8 @@ def _watch(
 
         return hook
 
-    for path, layer in forward.layers.items():
+    linear = {p: layer for p, layer in forward.layers.items() if is_linear(layer.base_layer)}
+    for path, layer in linear.items():
         # The shell's own dict is the copied layer's: the model's hooks are not touched.
         layer.register_forward_pre_hook(hook_of(path))
     for batch in batches:
@@ -107,6 +109,6 @@ def _watch(
             forward(params, **batch)
         else:
             forward(params, *(batch if isinstance(batch, tuple | list) else (batch,)))
-    missing = sorted(forward.layers.keys() - reached)
+    missing = sorted(linear.keys() - reached)
     if missing:
         raise AdapterError(f"{name}: no batch reached the layers {missing[:4]}.")

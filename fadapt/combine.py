@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.lora import LoRA, LoRAParams
+from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.targets import exact_pattern
 
 _RULES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -43,8 +44,8 @@ def combine(
     ``"dare_ties"`` at random. With ``_svd`` added they work on ``s_i B_i A_i``, and an SVD follows.
 
     Args:
-        adapters: LoRA adapters ``{path: LoRAParams}``. A layer that some of them lack is combined
-            of those that have it.
+        adapters: LoRA adapters ``{path: LoRAParams}``, an embedding's too. A layer that some of
+            them lack is combined of those that have it.
         weights: one for each, of any sign; a tensor ``[n]`` is differentiable.
         method: the rule, PEFT's ``combination_type``.
         methods: their methods, or one for all; None takes every scaling for 1.
@@ -85,14 +86,14 @@ def combine(
         raise AdapterError(f"combine() was given {len(adapters)} adapters, {len(each)} methods.")
     scalings = [_scalings(k, a, m) for k, (a, m) in enumerate(zip(adapters, each, strict=True))]
     weights = torch.as_tensor(weights, dtype=None if isinstance(weights, Tensor) else torch.float32)
-    widest = max(leaf.lora_A.shape[0] for adapter in adapters for leaf in adapter.values())
-    combined: dict[str, LoRAParams] = {}
+    widest = max(leaf[0].shape[0] for adapter in adapters for leaf in adapter.values())
+    combined: dict[str, Any] = {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter):
         have = [k for k, adapter in enumerate(adapters) if path in adapter]
         leaves = [adapters[k][path] for k in have]
-        like = leaves[0].lora_A
+        like = leaves[0][0]
         kind = torch.promote_types(like.dtype, torch.float32)
-        As, Bs = [p.lora_A.to(kind) for p in leaves], [p.lora_B.to(kind) for p in leaves]
+        As, Bs = [A.to(kind) for A, _ in leaves], [B.to(kind) for _, B in leaves]
         _check_shapes(path, As, Bs, same=method in _RULES)
         scaling = [scalings[k][path] for k in have]
         w = torch.stack([weights[k] for k in have]).to(like.device, kind)
@@ -111,10 +112,11 @@ def combine(
             root = ws.abs().sqrt()
             A, B = mix(As, torch.where(ws >= 0, root, -root)), mix(Bs, root)
         else:
-            deltas = [b @ a * v for a, b, v in zip(As, Bs, scaling, strict=True)]
+            deltas = [b @ a.flatten(1) * v for a, b, v in zip(As, Bs, scaling, strict=True)]
             A, B = _factors(mix(deltas, w), rank or widest, clamp)
-        combined[path] = LoRAParams(A.to(like.dtype), B.to(like.dtype))
-    size = max(leaf.lora_A.shape[0] for leaf in combined.values())
+            A = A.unflatten(1, like.shape[1:])
+        combined[path] = type(leaves[0])(A.to(like.dtype), B.to(like.dtype))
+    size = max(leaf[0].shape[0] for leaf in combined.values())
     combined = {path: _padded(leaf, size) for path, leaf in combined.items()}
     if methods is None:
         return combined
@@ -177,14 +179,15 @@ def _factors(delta: Tensor, rank: int, clamp: float | None) -> tuple[Tensor, Ten
     return A, B
 
 
-def _padded(leaf: LoRAParams, rank: int) -> LoRAParams:
-    missing = rank - leaf.lora_A.shape[0]
-    return LoRAParams(F.pad(leaf.lora_A, (0, 0, 0, missing)), F.pad(leaf.lora_B, (0, missing)))
+def _padded(leaf: Any, rank: int) -> Any:
+    A, B = leaf
+    missing = rank - A.shape[0]
+    return type(leaf)(F.pad(A, (0, 0) * (A.dim() - 1) + (0, missing)), F.pad(B, (0, missing)))
 
 
 def _scalings(number: int, adapter: Adapter, method: LoRA | None) -> dict[str, float]:
     for path, leaf in adapter.items():
-        if type(leaf) is not LoRAParams:
+        if type(leaf) not in (LoRAParams, LoRAEmbeddingParams):
             kind = "a module trained whole" if isinstance(leaf, Mapping) else type(leaf).__name__
             raise AdapterError(
                 f"adapter {number}, {path!r}: combine() takes LoRAParams, and this is {kind}. "
@@ -199,7 +202,7 @@ def _scalings(number: int, adapter: Adapter, method: LoRA | None) -> dict[str, f
 
 def _check_shapes(path: str, As: list[Tensor], Bs: list[Tensor], same: bool) -> None:
     pairs = list(zip(As, Bs, strict=True))
-    if any(a.shape[1] != As[0].shape[1] or b.shape[0] != Bs[0].shape[0] for a, b in pairs):
+    if any(a.shape[1:] != As[0].shape[1:] or b.shape[0] != Bs[0].shape[0] for a, b in pairs):
         raise AdapterError(
             f"layer {path!r}: the adapters are of layers of different sizes, lora_A "
             f"{[list(a.shape) for a in As]} and lora_B {[list(b.shape) for b in Bs]}."

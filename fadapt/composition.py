@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fadapt.adapted import Adapted, Step
+from fadapt.adapter import scale_by
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.functional import AdaptedLinear, Forward, bind, join, share
-from fadapt.lora import LoRAParams
+from fadapt.lora import LoRABiasParams, LoRAParams
+from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.method import Method
 from fadapt.oft import OFTParams
 from fadapt.random import keep_mask
@@ -32,7 +34,8 @@ class _Below:
         self.chain, self.keeps = chain, keeps
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.chain, name)
+        # What adapters do not change is the layer's own: how a convolution slides.
+        return getattr(self.chain if hasattr(self.chain, name) else self.chain.base, name)
 
     def linear(self, x: Tensor) -> Tensor:
         *before, last = self.chain.steps or (None,)
@@ -205,9 +208,8 @@ def _weighted(leaf: Any, weight: float | Tensor, path: str) -> Any:
         return leaf
     if isinstance(leaf, OFTParams):
         return OFTParams(leaf.oft_R * weight)
-    if hasattr(leaf, "lora_B") and leaf._fields[2:] in ((), ("lora_bias",)):
-        scaled = {name: getattr(leaf, name) * weight for name in leaf._fields[1:]}
-        return leaf._replace(**scaled)
+    if isinstance(leaf, LoRAParams | LoRABiasParams | LoRAEmbeddingParams):
+        return scale_by({path: leaf}, weight)[path]
     kind = "a module trained whole" if isinstance(leaf, Mapping) else type(leaf).__name__
     raise AdapterError(
         f"{path!r}: {kind} has no part that a weight other than 1 could scale; "

@@ -38,7 +38,7 @@ class Description(NamedTuple):
 
 
 def describe(model: nn.Module) -> list[Description]:
-    """Each linear layer of ``model``, in its order: what it is, and what fadapt can do with it.
+    """Each layer of ``model`` that has a base: what it is, and what fadapt can do with it.
 
     Args:
         model: only read.

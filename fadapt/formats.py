@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fadapt.bases import Base, Dense
+from fadapt.bases import Base, Conv, Dense, Embedding
 from fadapt.errors import AdapterError, ConfigError, UnsupportedLayerError
 from fadapt.quieting import quiet
 
@@ -59,9 +60,15 @@ def like_named(
     """
     shape = (base.out_features, base.in_features)
     if name in _DENSE:
-        weight = torch.empty(shape, dtype=_DENSE[name] or base.dtype, device=base.device)
-        turned = isinstance(base, Dense) and base.transposed  # transformers' Conv1D
-        return Dense(weight, transposed=turned)
+        dtype = _DENSE[name] or base.dtype
+        if isinstance(base, Dense):  # an embedding, a convolution, or transposed: as it is
+            return replace(base, weight=torch.empty_like(base.weight, dtype=dtype), bias=None)
+        return Dense(torch.empty(shape, dtype=dtype, device=base.device))
+    if isinstance(base, Conv | Embedding):
+        raise ConfigError(
+            f"to={name!r}: layer {path!r} is a {type(base).__name__}, which stays dense: give "
+            f"{', '.join(_DENSE)}, or merge it by itself."
+        )
     if name == "inc-fp8":
         return _inc(base, path, amax)
     if name == "float8":

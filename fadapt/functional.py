@@ -34,7 +34,7 @@ from fadapt.bases import Base, Dense, base_of, is_supported
 from fadapt.checkpointing import keep_adapter
 from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
 from fadapt.lending import Lender
-from fadapt.method import Method
+from fadapt.method import Method, over
 from fadapt.random import keep_mask
 from fadapt.targets import find_targets, match_list
 
@@ -238,9 +238,15 @@ class Forward:
             return {}
         if self.method.dropout == 0:
             raise ConfigError("dropout= was given, but the method's dropout is 0.")
+        # An embedding has none: an id has no element that could be zeroed.
+        dropped = [path for path, layer in self.layers.items() if layer.method.dropout]
+        if not dropped:
+            raise ConfigError(
+                "dropout= was given, and no adapted layer but embeddings, without it."
+            )
         if isinstance(dropout, Mapping):
-            if dropout.keys() != self.layers.keys():
-                odd = sorted(dropout.keys() ^ self.layers.keys())
+            if dropout.keys() != set(dropped):
+                odd = sorted(dropout.keys() ^ set(dropped))
                 raise AdapterError(f"dropout masks: one a layer is needed; not so for {odd[:4]}.")
             return {join(path, "dropout_keep"): keep for path, keep in dropout.items()}
         if isinstance(dropout, torch.Generator):
@@ -250,7 +256,7 @@ class Forward:
                     "draw seeds outside, fadapt.dropout_seeds(generator, K), and map over them."
                 )
             dropout = torch.randint(0, 2**31, (), generator=dropout, device=dropout.device)
-        return {join(path, "dropout_seed"): dropout for path in self.layers}
+        return {join(path, "dropout_seed"): dropout for path in dropped}
 
 
 @overload
@@ -312,15 +318,16 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
         path = names.get(id(module))
         if path is None:
             below = any(f"{alias}.".startswith(f"{p}.") for p in (*saved, *names.values()))
-            base = None if below or not alias else _quantized(shell.get_submodule(alias))
-            if base is not None:
+            held = None if below or not alias else _quantized(shell.get_submodule(alias))
+            if held is not None:
                 layer = shell.get_submodule(alias)
-                kept = frozen.setdefault(id(module), AdaptedLinear(layer, base, method, alias))
+                kept = frozen.setdefault(id(module), AdaptedLinear(layer, held, method, alias))
                 shell.set_submodule(alias, kept)
             continue
         if path not in layers:
             layer = shell.get_submodule(alias)
-            layers[path] = AdaptedLinear(layer, read(path, layer), at[path], path)
+            base = read(path, layer)
+            layers[path] = AdaptedLinear(layer, base, over(base, at[path], path), path)
         if alias:
             shell.set_submodule(alias, layers[path])
         else:

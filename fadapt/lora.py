@@ -1,6 +1,7 @@
 """LoRA, whole: ``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
-Parameters, hyperparameters, initialisation, forward: all that LoRA is, over any base.
+Parameters, hyperparameters, initialisation, forward: all that LoRA is, over any base. Its form over
+a convolution is in ``lora_conv.py``, over an embedding in ``lora_embedding.py``.
 """
 
 import math
@@ -137,6 +138,10 @@ class LoRA:
             for p in paths
         }
 
+    def params_dtype(self, base: Base) -> torch.dtype:
+        """Of one layer's parameters."""
+        return self.dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+
     def init_layer(
         self, base: Base, generator: torch.Generator | None
     ) -> tuple[Params, Base | None]:
@@ -146,7 +151,7 @@ class LoRA:
             base: the layer's base.
             generator: where numbers are drawn; PiSSA and OLoRA draw none.
         """
-        dtype = self.dtype or (torch.float64 if base.dtype == torch.float64 else torch.float32)
+        dtype = self.params_dtype(base)
         residual: Base | None = None
         if self.init in ("pissa", "olora"):
             A, B = self._factors(base)
@@ -156,12 +161,7 @@ class LoRA:
             wide = torch.promote_types(base.dtype, torch.float32)
             residual = base.requantize((base.dequantize(wide).double() - delta).to(wide))
         else:
-            if generator is None:
-                raise ConfigError(
-                    f"init={self.init!r} draws random numbers: pass "
-                    "generator=torch.Generator().manual_seed(...). The global one is never read."
-                )
-            A, B = self._drawn(base, generator)
+            A, B = self._drawn(base, seeded(generator, self.init))
             A, B = A.to(base.device, dtype), B.to(base.device, dtype)
         if self.lora_bias:
             bias = torch.zeros(base.out_features, dtype=dtype, device=base.device)
@@ -199,32 +199,7 @@ class LoRA:
 
     def check(self, base: Base, params: Any, path: str) -> None:
         """Raise AdapterError unless ``params`` fits the layer. Any rank will do."""
-        kind = self.params_type
-        if getattr(params, "_fields", None) != kind._fields:
-            raise AdapterError(
-                f"layer {path!r}: expected a {kind.__name__} {kind._fields}, got "
-                f"{type(params).__name__}. Make parameters with fadapt.init or fadapt.load_peft."
-            )
-        A, B = params.lora_A, params.lora_B
-        want = f"lora_A [r, {base.in_features}] and lora_B [{base.out_features}, r]"
-        if (
-            A.dim() != 2
-            or B.dim() != 2
-            or A.shape[1] != base.in_features
-            or B.shape[0] != base.out_features
-            or A.shape[0] != B.shape[1]
-        ):
-            stacked = A.dim() == 3
-            hint = " A stack goes through torch.func.vmap(forward, (0, ...))." if stacked else ""
-            raise AdapterError(
-                f"layer {path!r}: expected {want}, got lora_A {list(A.shape)} and lora_B "
-                f"{list(B.shape)}.{hint}"
-            )
-        if not (A.dtype == B.dtype and A.dtype.is_floating_point):
-            raise AdapterError(
-                f"layer {path!r}: lora_A and lora_B must share one floating dtype, got {A.dtype} "
-                f"and {B.dtype}."
-            )
+        check_factors(self.params_type, params, (base.in_features,), base.out_features, path)
 
     def prepare(
         self, params: Mapping[str, Any], bases: Mapping[str, Base] | None = None
@@ -287,6 +262,61 @@ class LoRA:
             return bias
         return bias - params.lora_bias * self.scaling
 
+    def leaf(self, base: Base, A: Tensor, B: Tensor) -> Any:
+        """One layer's parameters of the factors of an update ``B A`` of ``base``'s matrix."""
+        return LoRAParams(A, B)
+
     def _delta(self, params: Any, rows: slice) -> Tensor:
         delta: Tensor = (params.lora_B[rows] * self.scaling) @ params.lora_A
         return delta
+
+
+def seeded(generator: torch.Generator | None, init: str) -> torch.Generator:
+    """The generator, which must be there."""
+    if generator is None:
+        raise ConfigError(
+            f"init={init!r} draws random numbers: pass "
+            "generator=torch.Generator().manual_seed(...). The global one is never read."
+        )
+    return generator
+
+
+def check_factors(kind: Any, params: Any, row: tuple[int, ...], out: int, path: str) -> None:
+    """Raise AdapterError unless ``params`` is of ``kind``, its A ``[r, *row]``, its B ``[out, r]``,
+    and both of one floating dtype."""
+    if getattr(params, "_fields", None) != kind._fields:
+        raise AdapterError(
+            f"layer {path!r}: expected a {kind.__name__} {kind._fields}, got "
+            f"{type(params).__name__}. Make parameters with fadapt.init or fadapt.load_peft."
+        )
+    A, B = params[:2]
+    a, b = kind._fields[:2]
+    if (
+        A.dim() != 1 + len(row)
+        or B.dim() != 2
+        or tuple(A.shape[1:]) != row
+        or B.shape[0] != out
+        or A.shape[0] != B.shape[1]
+    ):
+        sizes = ", ".join(map(str, row))
+        stacked = A.dim() == 2 + len(row)
+        hint = " A stack goes through torch.func.vmap(forward, (0, ...))." if stacked else ""
+        raise AdapterError(
+            f"layer {path!r}: expected {a} [r, {sizes}] and {b} [{out}, r], got {a} "
+            f"{list(A.shape)} and {b} {list(B.shape)}.{hint}"
+        )
+    if not (A.dtype == B.dtype and A.dtype.is_floating_point):
+        raise AdapterError(
+            f"layer {path!r}: {a} and {b} must share one floating dtype, got {A.dtype} and "
+            f"{B.dtype}."
+        )
+
+
+def is_lora(method: Any, layer: str, path: str) -> None:
+    """Raise ConfigError unless the method's update is LoRA's own: DoRA's, OFT's and a subclass's
+    are for linear layers."""
+    if not isinstance(method, LoRA) or type(method).apply is not LoRA.apply:
+        raise ConfigError(
+            f"layer {path!r} is {layer}, and {type(method).__name__} adapts linear layers alone. "
+            "LoRA takes it; or exclude it."
+        )

@@ -109,7 +109,8 @@ def merge_report(
 
     Args:
         model, params, method, **options: as :func:`fadapt.merge`.
-        moments: ``{path: X^T X}`` (see :func:`fadapt.calibrate`): outputs are then measured too.
+        moments: ``{path: X^T X}`` (see :func:`fadapt.calibrate`): the outputs of linear layers are
+            then measured too.
         original: ``{path: W0 [out, in]}``, the weights before quantization: their distance from the
             base's is then reported beside.
         aqlm: how AQLM layers are merged; ``Recode()`` if None, since nothing is refused here.
@@ -131,7 +132,7 @@ def merge_report(
     options |= {"moments": moments, "aqlm": aqlm or Recode()}
     for path, adapted, merged in merge_layers(todo, **options):
         new = merged.base
-        moment = None if moments is None else moments[path]
+        moment = (moments or {}).get(path)
 
         def blocks(adapted: Any = adapted, new: Any = new) -> Any:
             for rows in row_blocks(new, 2**22):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fadapt.adapted import Adapted, unmerged, unmerged_bias
 from fadapt.aqlm_merge import Recode, encoded, recoded, refuse
-from fadapt.bases import Base, Dense
+from fadapt.bases import Base, Conv, Dense, Embedding
 from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError, MergeError
 from fadapt.formats import AqlmFormat, like_named, put, rebuilt
@@ -203,7 +203,8 @@ def merge_layers(
         rounding: ``"nearest"``, ``"search"``, ``"feedback"`` or ``"stochastic"``; see
             :mod:`fadapt.rounding`.
         generator: for ``"stochastic"``; and for ``to="aqlm-..."``.
-        moments: ``{path: X^T X}`` of the layers' inputs; see :func:`fadapt.calibrate`.
+        moments: ``{path: X^T X}`` of the linear layers' inputs; see :func:`fadapt.calibrate`.
+            Embeddings and convolutions are rounded to nearest without them.
         amax: ``{path: largest magnitude of its inputs}``, for ``to="inc-fp8"``; see
             :func:`fadapt.input_amax`.
         aqlm: how to merge into AQLM layers. None: refuse, saying what would be kept; with
@@ -212,11 +213,14 @@ def merge_layers(
         progress: called before each layer, with its path, its index and their number.
     """
     how = Rounding(rounding, generator, moments)
+    at_nearest = how if rounding == "stochastic" else Rounding()
     likes = {p: b if to is None else like_named(to, b, p, amax) for p, b in todo.bases.items()}
     for k, (path, like) in enumerate(likes.items()):
         if progress is not None:
             progress(path, k, len(likes))
         adapted = todo.adapted(path)
+        # Second moments are those of vectors.
+        mine = at_nearest if isinstance(adapted.base, Conv | Embedding) else how
         # A grid that is not the layer's own has no scales yet to keep.
         chosen = scales if to is None else "fresh"
         if isinstance(like, AqlmFormat):
@@ -227,7 +231,7 @@ def merge_layers(
         if not isinstance(like, Gridded):
             yield Layer(path, adapted, _recoded(adapted, path, aqlm, how, safe))
             continue
-        merged = merge_layer(adapted, path, how, like=like, scales=chosen, safe=safe)
+        merged = merge_layer(adapted, path, mine, like=like, scales=chosen, safe=safe)
         yield Layer(path, adapted, merged)
 
 
@@ -241,7 +245,7 @@ def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding, sa
 
 def _holds(layer: nn.Module, to: str | None, old: Any, new: Any) -> bool:
     """Whether the layer runs with the new base's tensors in place of its own."""
-    if to is None or type(new) is type(old) is Dense:
+    if to is None or (isinstance(new, Dense) and type(new) is type(old)):
         return True
     return isinstance(layer, nn.Linear) and new.state().keys() <= {"weight", "bias"}
 

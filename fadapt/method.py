@@ -1,6 +1,7 @@
 """What a method is: how an adapter's parameters change a frozen base. It knows no format."""
 
 from collections.abc import Mapping, Sequence
+from functools import singledispatch
 from typing import Any, Protocol
 
 import torch
@@ -83,3 +84,18 @@ class Method(Protocol):
     def unmerge_bias(self, bias: Tensor | None, params: Any) -> Tensor | None:
         """The inverse of :meth:`merge_bias`."""
         ...
+
+
+@singledispatch
+def over(base: Any, method: Any, path: str) -> Any:
+    """The method as it stands over this kind of layer: itself, over a linear one.
+
+    Args:
+        base: of the layer.
+        method: as it stands at the layer's path.
+        path: for messages.
+
+    Raises:
+        ConfigError: the method has no form for such a layer.
+    """
+    return method

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fadapt.errors import AdapterError, CheckpointError, FadaptError, listing, near
+from fadapt.errors import AdapterError, CheckpointError, ConfigError, FadaptError, listing, near
 from fadapt.functional import bind, join, layers_of, read, saved_modules
-from fadapt.method import Method
+from fadapt.method import Method, over
 from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
 from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
 from fadapt.peft_targets import check_aliases, saved_by_peft
@@ -65,9 +65,10 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
         base = read(path, layer)
         leaf = _unpack(path, layers[path], fmt, at[path])
         try:
-            at[path].check(base, leaf, path)
-        except AdapterError as error:
+            over(base, at[path], path).check(base, leaf, path)
+        except (AdapterError, ConfigError) as error:
             raise CheckpointError(f"{WEIGHTS}: {error}") from error
+        fmt.fits(base, path)
         params[path] = type(leaf)(*(tensor.to(base.device) for tensor in leaf))
     params |= _take_saved(rest, model, method)
     if rest:
@@ -189,7 +190,7 @@ def _check_rest(rest: Mapping[str, Tensor], model: nn.Module, claimed: Sequence[
     state = model.state_dict()
     for name, tensor in rest.items():
         key = _PREFIX + name
-        own = state.get(name)
+        own = state.get(name.replace(".base_layer.", "."))
         if own is None:
             raise CheckpointError(
                 f"{WEIGHTS}: nothing claims the key {key!r}.{near(name, [*state, *claimed])}"
@@ -209,7 +210,10 @@ def _check_adapter(
     try:
         at = method.at(paths)
         if model is not None:
-            bind(model, method)._check(params)
+            forward = bind(model, method)
+            forward._check(params)
+            for path, layer in forward.layers.items():
+                fmt.fits(layer.base, path)
             check_aliases(paths, model)
             fmt.convert(dict(params), method, model)  # what will have to work when it is loaded
     except FadaptError as error:

@@ -69,6 +69,7 @@ class Format(NamedTuple):
         pack: ``(one layer's parameters) -> tensors by suffix``.
         convert: ``(params, method, model) -> (params, method)``, where what is on disk is not yet
             relative to the model's own weights.
+        fits: ``(base, path)``: raise CheckpointError if PEFT adapts such a layer otherwise.
         holds: whether PEFT has a way to say what this method of the class does.
     """
 
@@ -85,6 +86,7 @@ class Format(NamedTuple):
     convert: Callable[[dict[str, Any], Any, nn.Module], tuple[dict[str, Any], Any]] = (
         lambda params, method, model: (params, method)
     )
+    fits: Callable[[Any, str], None] = lambda base, path: None
     holds: Callable[[Any], bool] = lambda method: True
 
 

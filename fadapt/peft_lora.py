@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fadapt.bases import Dense
+from fadapt.bases import Conv, Dense, Embedding
 from fadapt.errors import AdapterError, CheckpointError
 from fadapt.functional import layers_of, read
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.peft_config import Format
 
 _OPTIONS = {
@@ -57,6 +58,9 @@ _INITS = {True: "kaiming", False: "kaiming", "eva": "kaiming", "mica": "kaiming"
     name: name for name in ("gaussian", "orthogonal", "pissa", "olora")
 }
 
+# No ".weight": PEFT holds these two as bare parameters.
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+
 
 def _read(options: Mapping[str, Any], shared: dict[str, Any]) -> LoRA:
     init = options["init_lora_weights"]
@@ -99,18 +103,30 @@ def _write(method: LoRA, paths: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _unpack(tensors: Mapping[str, Tensor], method: LoRA) -> LoRAParams | LoRABiasParams:
-    A, B = tensors[".lora_A.weight"], tensors[".lora_B.weight"]
-    if A.dim() != 2 or A.shape[0] != method.rank:
+def _unpack(tensors: Mapping[str, Tensor], method: LoRA) -> Any:
+    leaf: Any
+    if ".lora_A.weight" not in tensors and any(suffix in tensors for suffix in _EMBEDDING):
+        leaf = LoRAEmbeddingParams(*(tensors[suffix] for suffix in _EMBEDDING))
+    else:
+        A, B = tensors[".lora_A.weight"], tensors[".lora_B.weight"]
+        if A.dim() == B.dim() > 2 and B.shape[2:].numel() == 1:
+            B = B.flatten(1)  # of a convolution, a kernel of size 1
+        bias = [tensors[".lora_B.bias"]] if method.lora_bias else []
+        leaf = (LoRABiasParams if bias else LoRAParams)(A, B, *bias)
+    A, B = leaf[:2]
+    if B.dim() != 2 or A.shape[:1] != (method.rank,):
         raise AdapterError(
-            f"lora_A is {list(A.shape)}; by the options it is [{method.rank}, in] (rank "
+            f"{leaf._fields[0]} is {list(A.shape)}; by the options it is [{method.rank}, in] (rank "
             f"{method.rank} at this layer), for one adapter."
         )
-    return LoRABiasParams(A, B, tensors[".lora_B.bias"]) if method.lora_bias else LoRAParams(A, B)
+    return leaf
 
 
-def _pack(params: LoRAParams | LoRABiasParams) -> dict[str, Tensor]:
-    tensors = {".lora_A.weight": params.lora_A, ".lora_B.weight": params.lora_B}
+def _pack(params: Any) -> dict[str, Tensor]:
+    if isinstance(params, LoRAEmbeddingParams):
+        return dict(zip(_EMBEDDING, params, strict=True))
+    A, B = params[:2]
+    tensors = {".lora_A.weight": A, ".lora_B.weight": B.reshape(*B.shape, *[1] * (A.dim() - 2))}
     if isinstance(params, LoRABiasParams):
         tensors[".lora_B.bias"] = params.lora_bias
     return tensors
@@ -129,6 +145,11 @@ def _convert(params: dict[str, Any], method: LoRA, model: nn.Module) -> tuple[di
     doubled = dict(params)
     for path, layer in layers_of(model, method).items():
         base = read(path, layer)
+        if isinstance(base, Embedding):  # which PEFT leaves whole
+            doubled[path] = LoRAEmbeddingParams(
+                *(torch.cat([t, torch.zeros_like(t)], k) for k, t in enumerate(params[path]))
+            )
+            continue
         if not isinstance(base, Dense):
             raise CheckpointError(
                 f"init_lora_weights={method.init!r}: such an adapter belongs to a residual that "
@@ -163,11 +184,21 @@ def _check_bias(method: LoRA) -> None:
         )
 
 
+def _fits(base: Any, path: str) -> None:
+    if isinstance(base, Conv) and (base.mode != "zeros" or set(base.dilation) != {1}):
+        raise CheckpointError(
+            f"layer {path!r}: PEFT slides a convolution's lora_A without the layer's dilation "
+            f"{base.dilation} and padding_mode {base.mode!r}, and so gives other outputs than "
+            "fadapt, and than the weight that it merges. Such an adapter cannot pass between them."
+        )
+
+
 def _number(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
 FORMAT = Format(
-    "LORA", LoRA, _OPTIONS, _INERT, _OFF, (".lora_A.weight", ".lora_B.weight", ".lora_B.bias"),
-    _read, _write, _unpack, _pack, _convert,
+    "LORA", LoRA, _OPTIONS, _INERT, _OFF,
+    (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", *_EMBEDDING),
+    _read, _write, _unpack, _pack, _convert, _fits,
 )  # fmt: skip

@@ -16,9 +16,11 @@ from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError
 from fadapt.functional import join
 from fadapt.layer_merge import Merged, with_bias
-from fadapt.lora import LoRA, LoRAParams
+from fadapt.lora import LoRA
 from fadapt.merging import merge_layers
+from fadapt.method import over
 from fadapt.plan import check_untied, plan
+from fadapt.targets import exact_pattern
 
 
 def merge_with_remainder(
@@ -30,7 +32,7 @@ def merge_with_remainder(
     moments: Mapping[str, Tensor] | None = None,
     aqlm: Recode | None = None,
     **options: Any,
-) -> tuple[dict[str, Tensor], dict[str, LoRAParams], LoRA]:
+) -> tuple[dict[str, Tensor], dict[str, Any], LoRA]:
     """Weights in the formats that they had, and a LoRA adapter of ``rank`` for what they lost.
 
     Args:
@@ -62,6 +64,7 @@ def merge_with_remainder(
     todo = plan(model, params, method, options.get("safe", True))
     check_untied(model, list(todo.bases))
     state, rest = dict(todo.saved), {}
+    kind = LoRA(rank=rank, alpha=rank, targets=exact_pattern(todo.bases))
     for path in todo.bases:
         one = todo.only(path)
         if aqlm is None and not isinstance(todo.bases[path], Gridded):
@@ -70,15 +73,15 @@ def merge_with_remainder(
         else:
             ((_, adapted, merged),) = merge_layers(one, moments=moments, aqlm=aqlm, **options)
         error = adapted.dequantize(torch.float32) - merged.base.dequantize(torch.float32)
-        A, B = low_rank(error, min(rank, *error.shape), None if moments is None else moments[path])
+        A, B = low_rank(error, min(rank, *error.shape), (moments or {}).get(path))
         size = rank - len(A)
         A = torch.cat([A, A.new_zeros(size, A.shape[1])])
         B = torch.cat([B, B.new_zeros(len(B), size)], 1)
-        rest[path] = LoRAParams(A.contiguous(), B.contiguous())
+        here = over(todo.bases[path], kind, path)
+        rest[path] = here.leaf(todo.bases[path], A.contiguous(), B.contiguous())
         if merged.base is not adapted.base:
             state |= {join(path, name): t for name, t in merged.base.state().items()}
-    targets: Any = "all-linear" if list(rest) == [""] else list(rest)
-    return state, rest, LoRA(rank=rank, alpha=rank, targets=targets)
+    return state, rest, kind
 
 
 def low_rank(matrix: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:

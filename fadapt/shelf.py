@@ -13,6 +13,7 @@ from fadapt.bases import Base
 from fadapt.errors import ConfigError, listing, near
 from fadapt.functional import layers_of, read
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
+from fadapt.method import over
 from fadapt.targets import exact_pattern
 
 # Where a leaf starts in its row: on a boundary that every kernel's loads are aligned to.
@@ -29,7 +30,7 @@ class Shelf:
         template: the method that was given.
         unit: the method that runs them: LoRA's scaling is 1, being folded into B.
         bases: ``{path: base}``.
-        kind: the NamedTuple of one layer's (prepared) parameters.
+        kinds: ``{path: the NamedTuple of one layer's (prepared) parameters}``.
         shapes: ``{path: of each of its fields}``.
         starts: ``{path: of each of its fields}``: where it begins in a row.
         width: of a row.
@@ -38,7 +39,7 @@ class Shelf:
     template: Any
     unit: Any
     bases: Mapping[str, Base]
-    kind: Any
+    kinds: Mapping[str, Any]
     shapes: Mapping[str, tuple[tuple[int, ...], ...]]
     starts: Mapping[str, tuple[int, ...]]
     width: int
@@ -51,7 +52,7 @@ class Shelf:
     def leaves(self, rows: Tensor) -> dict[str, Any]:
         """``rows [..., width]`` as ``{path: parameters [..., ...]}``: views."""
         return {
-            path: self.kind(
+            path: self.kinds[path](
                 *(
                     rows.narrow(-1, start, math.prod(shape)).unflatten(-1, shape)
                     for start, shape in zip(self.starts[path], shapes, strict=True)
@@ -79,7 +80,7 @@ class Shelf:
             )
         at = method.at(list(params))
         for path, leaf in params.items():
-            at[path].check(self.bases[path], leaf, path)
+            over(self.bases[path], at[path], path).check(self.bases[path], leaf, path)
         return self._refuses_lora(params) if self._takes(method) else self._refuses(params, method)
 
     def _takes(self, method: Any) -> bool:
@@ -87,10 +88,10 @@ class Shelf:
 
     def _refuses_lora(self, params: Mapping[str, Any]) -> str | None:
         for path, leaf in params.items():
-            room = self.shapes[path][0][0]
-            if leaf.lora_A.shape[0] > room:
-                return f"layer {path!r} has rank {leaf.lora_A.shape[0]}, the bank room for {room}"
-            if hasattr(leaf, "lora_bias") and self.kind is not LoRABiasParams:
+            room, rank = self.shapes[path][0][0], leaf[0].shape[0]
+            if rank > room:
+                return f"layer {path!r} has rank {rank}, the bank room for {room}"
+            if hasattr(leaf, "lora_bias") and self.kinds[path] is not LoRABiasParams:
                 return "it has learned biases: make the bank with LoRA(lora_bias=True)"
         return None
 
@@ -119,9 +120,9 @@ class Shelf:
             return row
         for path, at in method.at(list(params)).items():
             leaf, place = params[path], places[path]
-            rank = leaf.lora_A.shape[0]
-            place.lora_A[:rank].copy_(leaf.lora_A.detach())
-            place.lora_B[:, :rank].copy_(leaf.lora_B.detach() * at.scaling)
+            A, B = (t.detach() for t in leaf[:2])
+            place[0][: len(A)].copy_(A)
+            place[1][:, : len(A)].copy_(B * at.scaling)
             if hasattr(leaf, "lora_bias"):
                 place.lora_bias.copy_(leaf.lora_bias.detach() * at.scaling)
         return row
@@ -168,20 +169,15 @@ def shelf_of(method: Any, model: nn.Module) -> Shelf:
     if method.modules_to_save:
         raise ConfigError("a bank holds no modules_to_save: a mixed batch cannot wear them.")
     bases = {path: read(path, layer) for path, layer in layers_of(model, method).items()}
-    at = method.at(list(bases))
-    shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    like = _example(method, bases)
+    shapes = {path: tuple(tuple(t.shape) for t in leaf) for path, leaf in like.items()}
+    kinds = {path: type(leaf) for path, leaf in like.items()}
     unit = method
     if _is_lora(method):
-        for path, base in bases.items():
-            sizes = [(at[path].rank, base.in_features), (base.out_features, at[path].rank)]
-            shapes[path] = (*sizes, (base.out_features,)) if method.lora_bias else tuple(sizes)
-        widest = max(one.rank for one in at.values())
+        widest = max(one.rank for one in method.at(list(bases)).values())
         unit = LoRA(
             widest, widest, targets=exact_pattern(bases), lora_bias=method.lora_bias,
         )  # fmt: skip
-    else:
-        for path, leaf in _example(method, bases).items():
-            shapes[path] = tuple(tuple(t.shape) for t in leaf)
     starts, width = {}, 0
     for path, each in shapes.items():
         begins = []
@@ -189,7 +185,7 @@ def shelf_of(method: Any, model: nn.Module) -> Shelf:
             begins.append(width)
             width += -(-math.prod(shape) // _ALIGN) * _ALIGN
         starts[path] = tuple(begins)
-    return Shelf(method, unit, bases, unit.prepared_type, shapes, starts, width)
+    return Shelf(method, unit, bases, kinds, shapes, starts, width)
 
 
 def _example(method: Any, bases: Mapping[str, Base]) -> Mapping[str, Any]:
@@ -197,7 +193,10 @@ def _example(method: Any, bases: Mapping[str, Base]) -> Mapping[str, Any]:
     plain = replace(method, init="kaiming") if hasattr(method, "init") else method
     generator = torch.Generator().manual_seed(0)
     at = plain.at(list(bases))
-    fresh = {path: at[path].init_layer(base, generator)[0] for path, base in bases.items()}
+    fresh = {
+        path: over(base, at[path], path).init_layer(base, generator)[0]
+        for path, base in bases.items()
+    }
     prepared: Mapping[str, Any] = plain.prepare(fresh, bases)
     return prepared
 

@@ -20,11 +20,12 @@ Adapter = Mapping[str, Any]
 
 
 class Member(NamedTuple):
-    """How one adapter of a stack looked at one layer before it was padded."""
+    """How one adapter of a stack looked at one layer before it was padded: ``kind`` is the
+    NamedTuple of its parameters."""
 
     rank: int
     scaling: float
-    bias: bool
+    kind: Any
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def stack(
         for path, layer in member.items():
             ranks[path] = max(ranks.get(path, 0), layer.rank)
     saved = _saved(adapters)
-    bias = any(layer.bias for member in members for layer in member.values())
+    bias = any(layer.kind is LoRABiasParams for one in members for layer in one.values())
     widest = max(ranks.values())
     unit = StackedLoRA(
         rank=widest,
@@ -199,13 +200,14 @@ def _members(adapter: Adapter, method: LoRA) -> dict[str, Member]:
     members = {}
     for path, at in method.at(paths).items():
         leaf = adapter[path]
-        if leaf.lora_A.shape[0] != at.rank or leaf._fields != at.params_type._fields:
+        rank = leaf[0].shape[0]
+        if rank != at.rank or ("lora_bias" in leaf._fields) != at.lora_bias:
             raise AdapterError(
-                f"layer {path!r}: the method says rank {at.rank} and {at.params_type._fields}, the "
-                f"adapter has rank {leaf.lora_A.shape[0]} and {leaf._fields}. Give each adapter "
-                "the method that it was made with."
+                f"layer {path!r}: the method says rank {at.rank} and lora_bias={at.lora_bias}, the "
+                f"adapter has rank {rank} and {leaf._fields}. Give each adapter the method that it "
+                "was made with."
             )
-        members[path] = Member(at.rank, at.scaling, at.lora_bias)
+        members[path] = Member(at.rank, at.scaling, type(leaf))
     return members
 
 
@@ -226,23 +228,22 @@ def _layer(adapters: Sequence[Adapter], path: str) -> Any:
     return next(a[path] for a in adapters if path in a)
 
 
-def _pad(leaf: Any, like: Any, rank: int, bias: bool) -> LoRAParams | LoRABiasParams:
+def _pad(leaf: Any, like: Any, rank: int, bias: bool) -> Any:
     leaf = tree_map(torch.zeros_like, like) if leaf is None else leaf
-    missing = rank - leaf.lora_A.shape[0]
-    A, B = F.pad(leaf.lora_A, (0, 0, 0, missing)), F.pad(leaf.lora_B, (0, missing))
-    if not bias:
-        return LoRAParams(A, B)
-    return LoRABiasParams(A, B, getattr(leaf, "lora_bias", B.new_zeros(B.shape[0])))
+    A, B = leaf[:2]
+    missing = rank - A.shape[0]
+    A, B = F.pad(A, (0, 0) * (A.dim() - 1) + (0, missing)), F.pad(B, (0, missing))
+    if bias and isinstance(leaf, LoRAParams | LoRABiasParams):
+        return LoRABiasParams(A, B, getattr(leaf, "lora_bias", B.new_zeros(B.shape[0])))
+    return type(leaf)(A, B)
 
 
 def _unpad(adapter: Adapter, member: Mapping[str, Member], unit: StackedLoRA) -> dict[str, Any]:
     one: dict[str, Any] = {}
-    for path, (rank, scaling, bias) in member.items():
-        leaf = adapter[path]
-        values = [leaf.lora_A[:rank], leaf.lora_B[:, :rank]]
-        if bias:
-            values.append(leaf.lora_bias)
+    for path, (rank, scaling, kind) in member.items():
+        A, B, *bias = adapter[path]
+        values = [A[:rank], B[:, :rank], *bias][: len(kind._fields)]
         if unit.folded:
             values[1:] = [value / scaling for value in values[1:]]
-        one[path] = (LoRABiasParams if bias else LoRAParams)(*values)
+        one[path] = kind(*values)
     return one | {p: leaf for p, leaf in adapter.items() if not hasattr(leaf, "_fields")}

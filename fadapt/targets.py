@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fadapt.bases import is_supported
+from fadapt.bases import is_linear, is_supported
 from fadapt.errors import TargetError, listing, near
 
 ALL_LINEAR = "all-linear"
@@ -45,7 +45,7 @@ def find_targets(
 
     Raises:
         TargetError: a pattern, an index or an exclusion that matches nothing; a match that is not
-            a linear layer; a target inside another.
+            a layer with a base; a target inside another.
     """
     aliases = _aliases(model)
     names = [n for group in aliases.values() for n in group]
@@ -72,7 +72,7 @@ def find_targets(
             f"targets={targets!r} matches {len(chosen)} layers, and all of them are excluded by "
             f"exclude={exclude!r} or modules_to_save={list(modules_to_save)!r}."
         )
-    _check_linear(found, targets)
+    _check_layers(found, targets)
     _check_nesting(found)
     return found
 
@@ -165,7 +165,7 @@ def _all_linear(model: nn.Module, aliases: Mapping[Any, list[str]]) -> set[str]:
     names = {
         name
         for module, group in aliases.items()
-        if is_supported(module) and module is not output
+        if is_linear(module) and module is not output
         for name in group
     }
     if not names:
@@ -195,12 +195,13 @@ def _in_blocks(
     return (names & whole) | {n for n, b in block.items() if b in set(wanted)}
 
 
-def _check_linear(found: Mapping[str, nn.Module], targets: object) -> None:
+def _check_layers(found: Mapping[str, nn.Module], targets: object) -> None:
     wrong = [f"{p} ({type(m).__name__})" for p, m in found.items() if not is_supported(m)]
     if wrong:
         raise TargetError(
             f"targets={targets!r} also matches modules that are not linear layers: "
-            f"{listing(wrong)}. Narrow the pattern, or exclude them."
+            f"{listing(wrong)} (nor embeddings or convolutions). Narrow the pattern, or exclude "
+            "them."
         )
 
 

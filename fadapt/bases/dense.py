@@ -118,19 +118,24 @@ def _transposed(g: Tensor, static: None, weight: Tensor) -> Tensor:
 _op = FrozenLinear(_multiply, _transposed)
 
 
-def _read(weight: Tensor, module: nn.Linear) -> Dense:
+def check_plain(weight: Tensor, what: str) -> None:
+    """Raise UnsupportedLayerError unless ``weight``, of a ``what``, is plain floats."""
     # Exact types: an unknown tensor subclass may hold its numbers in a format of its own.
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise UnsupportedLayerError(
-            f"An nn.Linear whose weight is a {type(weight).__module__}.{type(weight).__qualname__} "
-            f"of dtype {weight.dtype} is not supported. Supported: plain floating tensors and "
-            "torchao's Int8Tensor."
+            f"An {what} whose weight is a {type(weight).__module__}.{type(weight).__qualname__} "
+            f"of dtype {weight.dtype} is not supported. Supported: plain floating tensors, and in "
+            "an nn.Linear torchao 0.18's Int8Tensor, Float8Tensor and IntxUnpackedToInt8Tensor."
         )
     if weight.element_size() < 2:
         raise UnsupportedLayerError(
-            f"An nn.Linear with a bare {weight.dtype} weight has no scale that fadapt could read. "
+            f"An {what} with a bare {weight.dtype} weight has no scale that fadapt could read. "
             "Quantize with torchao or INC, whose layers carry their scales."
         )
+
+
+def _read(weight: Tensor, module: nn.Linear) -> Dense:
+    check_plain(weight, "nn.Linear")
     bias = module.bias
     return Dense(weight.detach(), None if bias is None else bias.detach())
 

@@ -3,6 +3,9 @@
 A base is a frozen linear map ``x -> W x + b`` whose ``W [out, in]`` is held in some format. It is
 an immutable pytree, knows nothing of adapters, and shares its tensors with the layer it was read
 from.
+
+An embedding and a convolution (``embedding.py``, ``conv.py``) are bases too, whose ``linear`` takes
+ids or an image; their W is a matrix all the same, and merging sees no more of them than that.
 """
 
 import importlib
@@ -12,6 +15,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fadapt.errors import UnsupportedLayerError
 
@@ -130,7 +134,8 @@ def base_of(module: nn.Module) -> Base:
 
     Args:
         module: an ``nn.Linear`` (dense, or with a torchao weight), a transformers ``Conv1D``, an
-            ``aqlm.QuantizedLinear``, or a layer of a class given to :func:`register_base`.
+            ``aqlm.QuantizedLinear``, an ``nn.Embedding``, an ``nn.Conv1d``, ``Conv2d`` or
+            ``Conv3d``, or a layer of a class given to :func:`register_base`.
 
     Returns:
         The base: an immutable pytree of the layer's (detached) tensors.
@@ -150,8 +155,8 @@ def base_of(module: nn.Module) -> Base:
         raise UnsupportedLayerError(
             f"{type(module).__module__}.{type(module).__qualname__} is not a layer that fadapt can "
             "adapt. Supported: nn.Linear (dense, or with a torchao weight), transformers' Conv1D, "
-            "aqlm.QuantizedLinear, INC's PatchedLinear. For a layer of your own, register a reader "
-            "with fadapt.register_base."
+            "aqlm.QuantizedLinear, INC's PatchedLinear, nn.Embedding, nn.Conv1d, Conv2d, Conv3d. "
+            "For a layer of your own, register a reader with fadapt.register_base."
         )
     return reader(module)
 
@@ -160,6 +165,12 @@ def is_supported(module: nn.Module) -> bool:
     """Whether :func:`base_of` has a reader for this layer's class; reads no tensor."""
     _load_families(module)
     return _read_layer.dispatch(type(module)) is not _read_layer.dispatch(object)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the layer is one that :func:`base_of` reads, and its input a vector: no embedding and
+    no convolution."""
+    return is_supported(module) and not isinstance(module, (nn.Embedding, _ConvNd))
 
 
 def _read_linear(module: nn.Linear) -> Base:
