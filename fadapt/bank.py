@@ -70,7 +70,9 @@ class _Entry:
 class Bank:
     """Adapters by name; every method returns a new bank, and leaves this one as it is.
 
-    Made by :meth:`of`. Run it with ``fadapt.bind_mixed(model, bank.method)``:
+    All versions of a bank share its rows: add and page from one thread at a time.
+
+    Made by :meth:`of` or :meth:`holding`. Run it with ``fadapt.bind_mixed(model, bank.method)``:
     ``mixed(bank.params, bank.ids(names), *inputs)``.
 
     Attributes:
@@ -158,9 +160,14 @@ class Bank:
             dtype: of the adapters in the bank.
 
         Raises:
-            AdapterError: no adapters, a name that cannot be one, or modules saved whole.
+            AdapterError: no adapters, no pair, a name that cannot be one, or modules saved whole.
             TargetError: an adapter's layers are not the model's.
         """
+        for name, pair in adapters.items():
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                raise AdapterError(
+                    f"adapter {name!r}: expected (params, method), got a {type(pair).__name__}."
+                )
         rooms = rooms_for(adapters.values())
         if not rooms:
             raise AdapterError("a bank needs at least one adapter, and one with a layer.")
@@ -233,7 +240,7 @@ class Bank:
         Raises:
             AdapterError: a name that the bank does not have, or an adapter that is on the host.
         """
-        names = list(names)
+        names = listed(names)
         self._find(names)
         starts, total = [], 0
         for pool in self._pools:
@@ -261,7 +268,7 @@ class Bank:
         Raises:
             AdapterError: an unknown name, or more names than there are places.
         """
-        wanted = [n for n in dict.fromkeys(names) if n != BASE_NAME]
+        wanted = [n for n in dict.fromkeys(listed(names)) if n != BASE_NAME]
         self._find(wanted)
         entries = {n: e for n, e in self._entries.items() if n not in wanted}
         for k, pool in enumerate(self._pools):
@@ -336,6 +343,13 @@ class Bank:
                     f"the bank has no adapter {name!r}.{near(str(name), self._entries)} It has "
                     f"{len(self)}; 'base' is the model without an adapter."
                 )
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """Names as a list; one string is no list of its letters."""
+    if isinstance(names, str):
+        raise AdapterError(f"expected a list of names, one a row; got the string {names!r}.")
+    return list(names)
 
 
 def _write(pool: _Pool, slot: _Slot, row: Tensor) -> None:

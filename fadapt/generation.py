@@ -5,13 +5,14 @@ and stopping rule is transformers' own. Only sampling draws its numbers elsewher
 reads the global random state, in which a prompt's tokens would depend on the rest of the batch.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fadapt.bank import Bank
+from fadapt.bank import Bank, listed
 from fadapt.batching import Mixed, bind_mixed
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.random import hashed_uniform
@@ -54,7 +55,7 @@ def generate(
     shell = mixed.shell
     if not hasattr(shell, "generate"):
         raise AdapterError(f"{type(shell).__name__} has no generate(); transformers' models have.")
-    names = list(names)
+    names = listed(names)
     config = options.get("generation_config") or shell.generation_config
     sampling = _option(options, config, "do_sample", False)
     copies = _option(options, config, "num_return_sequences", 1)
@@ -72,9 +73,26 @@ def generate(
         options["custom_generate"] = _sampler(seeds)
     elif seed is not None:
         raise ConfigError("seed= was given, but nothing is sampled: pass do_sample=True.")
-    ids = [k for k in bank.ids(names) for _ in range(max(beams, copies))]
+    ids = bank.ids(names)
+    repeats = max(beams, copies)
+    if repeats > 1 and shell.config.is_encoder_decoder and "encoder_outputs" not in options:
+        # The encoder sees each prompt once, the decoder each beam.
+        encoder: Any = shell.get_encoder()
+        with torch.no_grad():
+            inputs = _encoder_inputs(encoder, options)
+            options["encoder_outputs"] = mixed.run(bank.params, ids, (), inputs, encoder)
     run: Any = shell.generate
-    return mixed.run(bank.params, ids, (), options, run)
+    return mixed.run(bank.params, [k for k in ids for _ in range(repeats)], (), options, run)
+
+
+def _encoder_inputs(encoder: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    takes = inspect.signature(encoder.forward).parameters
+    if "attention_mask" in takes and options.get("attention_mask") is None:
+        raise ConfigError(
+            "an encoder with num_beams or num_return_sequences above 1: pass attention_mask=, from "
+            "which it is seen what is padding."
+        )
+    return {k: v for k, v in options.items() if k in takes and isinstance(v, Tensor)}
 
 
 def _sampler(seeds: Tensor) -> Any:

@@ -84,7 +84,8 @@ def prepare(settings: Settings, load: Any = None) -> Job:
         adapters = [_fresh(t, model) for t in trials]
     else:
         params, method = load(model)
-        method = replace(method, dropout=settings.dropout)
+        if settings.dropout is not None:
+            method = replace(method, dropout=settings.dropout)
         adapters, trials = [params], [trials[0]._replace(method=method)]
     methods = [t.method for t in trials]
     if all(type(m) is LoRA for m in methods):

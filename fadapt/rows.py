@@ -7,7 +7,7 @@ all layers, one ``_grouped_mm``; on a CPU and for few tokens it is faster, as no
 the gather wins).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -234,6 +234,8 @@ def _concrete(ids: Tensor) -> list[int] | None:
 
 
 def _integers(ids: Sequence[int]) -> list[int]:
+    if not isinstance(ids, Iterable):
+        raise AdapterError(f"ids: expected integers, one a row of the batch; got {ids!r}.")
     found = []
     for k in ids:
         if isinstance(k, bool) or not hasattr(k, "__index__"):
@@ -241,5 +243,6 @@ def _integers(ids: Sequence[int]) -> list[int]:
                 f"ids: expected integers, one a row of the batch; got {k!r}. A Bank's ids(names) "
                 "turns names into ids."
             )
-        found.append(int(k))
+        # No tensor holds a larger one: it is out of range in any case.
+        found.append(max(-(2**62), min(int(k), 2**62)))
     return found

@@ -40,7 +40,7 @@ BASES = (
     "inc-fp8",
     "dense",
 )  # fadapt.models.QUANTIZERS has one entry for each
-METHODS = ("lora", "dora", "oft")
+METHODS = ("lora", "rslora", "dora", "oft")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -69,7 +69,9 @@ class Settings:
     method: str = _setting("lora", str, "how an adapter changes a layer", choices=METHODS)
     lr: tuple[float, ...] = _setting((2e-3, 6e-3), POSITIVE, "learning rate")
     rank: tuple[int, ...] = _setting((8, 16), COUNT, "rank")
-    alpha: tuple[float, ...] = _setting((16.0,), POSITIVE, "the update is scaled by alpha / rank")
+    alpha: tuple[float, ...] = _setting(
+        (16.0,), POSITIVE, "the update is scaled by alpha / rank, rslora's by alpha / sqrt(rank)"
+    )
     targets: tuple[str, ...] = _setting(
         ("all-linear",), str, "all-linear, names as q_proj,v_proj, or a regular expression"
     )
@@ -81,7 +83,9 @@ class Settings:
     )
     batch: int = _setting(2, COUNT, "windows a step and adapter")
     length: int = _setting(64, COUNT, "tokens a window")
-    dropout: float = _setting(0.0, SHARE, "of the adapter's input")
+    dropout: float | None = _setting(
+        None, SHARE, "of the adapter's input (default: 0, with --from the adapter's own)"
+    )
     decay: float = _setting(0.0, NOT_NEGATIVE, "AdamW's weight decay")
     clip: float = _setting(1.0, POSITIVE, "largest norm of an adapter's gradient")
     warmup: float = _setting(0.05, SHARE, "share of the steps in which the learning rate rises")
@@ -269,7 +273,7 @@ def of_many(given: Mapping[str, Any]) -> Settings:
         ConfigError: the adapters would differ in what this method's stacks cannot.
     """
     settings = Settings(**given)
-    if settings.method == "lora":
+    if settings.method in ("lora", "rslora"):
         return settings
     ragged = ("rank", "alpha", "targets")  # padding and scaling as data are for LoRA alone
     odd = [k for k in ragged if len(given.get(k, ())) > 1]

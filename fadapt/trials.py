@@ -54,10 +54,12 @@ def grid(settings: Settings, data: Sequence[str]) -> list[Trial]:
 
 
 def _method(settings: Settings, rank: int, alpha: float, targets: str | list[str]) -> Any:
+    shared: Any = {"targets": targets, "dropout": settings.dropout or 0.0}
     if settings.method == "oft":
-        return OFT(block_size=settings.block_size, targets=targets, dropout=settings.dropout)
-    kind = {"lora": LoRA, "dora": DoRA}[settings.method]
-    return kind(rank=rank, alpha=alpha, targets=targets, dropout=settings.dropout)
+        return OFT(block_size=settings.block_size, **shared)
+    if settings.method == "dora":
+        return DoRA(rank=rank, alpha=alpha, **shared)
+    return LoRA(rank=rank, alpha=alpha, rslora=settings.method == "rslora", **shared)
 
 
 def parse_targets(text: str) -> str | list[str]:

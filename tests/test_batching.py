@@ -178,6 +178,31 @@ def test_compiled_once_for_all_ids(name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("row", [b for b in BASES if b.compiled], ids=lambda b: b.name)
+def test_a_bank_of_several_methods_compiled_on_every_base(row):
+    by_name = {m.name: m for m in METHODS}
+    cases = [make(row, by_name[name]) for name in ("lora", "dora", "oft")]
+    methods = [c.method for c in cases]
+    bank, kinds = fa.stack([c.params for c in cases], methods=methods)
+    mixed, x = fa.bind_mixed(cases[0].model, kinds), batch(row)
+    graphs = 0
+
+    def count(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    call = torch.compile(mixed, fullgraph=True, backend=count)
+    for ids in (IDS, [0, 0, 1, -1, 2, 2]):
+        y = call(bank, torch.tensor(ids), x)
+        one = [cases[k].forward(cases[k].params if k >= 0 else None, x[i : i + 1])
+               for i, k in enumerate(ids)]  # fmt: skip
+        assert error(y, torch.cat(one)) <= bound(row)
+    assert graphs == 1
+    torch._dynamo.reset()
+
+
 def test_mapped_over_ids_over_banks_and_forward_mode():
     model, adapters = plain_case()
     mixed, bank = fa.bind_mixed(model, LORA), fa.stack(adapters)
@@ -200,6 +225,12 @@ def test_mapped_over_ids_over_banks_and_forward_mode():
     high, low = (exact(tree_map(lambda t, s=s: t * s, twin[0]), ids[0], x.double())
                  for s in (1 + h, 1 - h))  # fmt: skip
     assert error(slope, (high - low) / (2 * h)) <= 1e-4  # of a difference quotient, and float32
+
+
+def test_no_rows_at_all():
+    model, adapters = plain_case()
+    mixed, x = fa.bind_mixed(model, LORA), torch.ones(0, 2, N_IN)
+    assert mixed(fa.stack(adapters), [], x).shape == (0, 2, 8)
 
 
 def test_rows_are_checked_once_for_many_calls():
@@ -228,6 +259,9 @@ class Joined(nn.Module):
         (lambda m, b, x: m(b, torch.tensor([0, 1, 7]), x), r"\[7\] are not"),
         (lambda m, b, x: m(b, [0, "b", 1], x), r"Bank's ids"),
         (lambda m, b, x: m(b, [0, True, 1], x), "expected integers"),
+        (lambda m, b, x: m(b, 1, x), "expected integers"),
+        (lambda m, b, x: m(b, None, x), "expected integers"),
+        (lambda m, b, x: m(b, [0, 2**70, 1], x), r"\[\d+\] are not in this bank"),
         (lambda m, b, x: m(b, torch.tensor([0.0, 1.0, 1.0]), x), "expected integers"),
         (lambda m, b, x: m(b, torch.tensor([[0], [1], [1]]), x), "expected integers"),
         (lambda m, b, x: m(b, [0, 1], x), "for 2 ids"),

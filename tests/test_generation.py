@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 import torch
 from torch.utils._pytree import tree_map
+from transformers import T5Config, T5ForConditionalGeneration
 
 import fadapt as fa
 from fadapt.models import SHIPPED, load_model, load_tokenizer
@@ -167,6 +168,7 @@ def test_nothing_is_changed_and_no_cache_gives_the_same():
     ("options", "name", "match"),
     [
         ({"names": ["a7", "a0"]}, "AdapterError", "no adapter 'a7'"),
+        ({"names": "a0"}, "AdapterError", "expected a list of names"),
         ({"names": ["a0"]}, "AdapterError", "holds 2 prompts, and 1 adapters"),
         ({"do_sample": True}, "ConfigError", "pass seed="),
         ({"seed": 3}, "ConfigError", "nothing is sampled"),
@@ -180,3 +182,43 @@ def test_errors(options, name, match):
     names = options.pop("names", ["a0", "base"])
     with pytest.raises(getattr(fa.errors, name), match=match):
         fa.generate(mixed, bank, names, **given, max_new_tokens=2, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
+)
+def test_an_encoder_sees_each_prompt_once_and_its_decoder_every_beam(options):
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, initializer_factor=3.0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config).eval()
+    methods = [fa.LoRA(rank=2, targets=["q", "wi"]), fa.LoRA(rank=3, targets=["v"])]
+    fresh = [fa.init(m, model, generator=torch.Generator().manual_seed(0)) for m in methods]
+    adapters = [tree_map(lambda t: 5 * t, randomized(p, k)) for k, p in enumerate(fresh)]
+    given = {f"a{k}": pair for k, pair in enumerate(zip(adapters, methods, strict=True))}
+    bank = fa.Bank.holding(model, given)
+    rows, names = [[5, 6, 7], [9, 1], [11, 12, 13, 14, 1], [3, 4]], ["a0", "base", "a1", "a0"]
+    ids = torch.tensor([row + [0] * (5 - len(row)) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    seeds = {"seed": [1, 2, 3, 4]} if "do_sample" in options else {}
+    out = fa.generate(model, bank, names, **inputs, max_new_tokens=5, **options, **seeds)
+    each = len(out) // 4
+    for i, row in enumerate(rows):
+        one = {k: t[i : i + 1, : len(row)] for k, t in inputs.items()}
+        seed = {"seed": [i + 1]} if seeds else {}
+        alone = fa.generate(model, bank, [names[i]], **one, max_new_tokens=5, **options, **seed)
+        assert equal(out[each * i : each * (i + 1)], alone)
+    bare = fa.generate(model, bank, ["base"] * 4, **inputs, max_new_tokens=5, **options, **seeds)
+    assert not equal(bare, out)
+    assert equal(bare[each : 2 * each], out[each : 2 * each])
+    if each > 1:
+        with pytest.raises(fa.errors.ConfigError, match="pass attention_mask="):
+            fa.generate(model, bank, names, input_ids=ids, max_new_tokens=5, **options, **seeds)

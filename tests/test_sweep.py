@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -295,6 +296,22 @@ def test_train_goes_on_from_a_peft_folder_with_settings_of_a_file(paths, tmp_pat
     assert "--rank: the adapter in" in capsys.readouterr().err
     assert cli.main(["train", "--data", str(texts)]) == 2
     assert "one adapter is trained on one file" in capsys.readouterr().err
+
+
+def test_train_keeps_what_the_folder_says_unless_told_otherwise(paths, tmp_path):
+    model, texts = paths
+    about = {"model": str(model), "data": str(texts / "words.jsonl"), "length": 16, "steps": 2}
+    fresh = {"method": "rslora", "rank": 3, "alpha": 4, "targets": "q_proj", "dropout": 0.3}
+    (tmp_path / "a.json").write_text(json.dumps(about | fresh))
+    (tmp_path / "b.json").write_text(json.dumps(about | {"from": str(tmp_path / "a" / "adapter")}))
+    lm, found = LlamaForCausalLM.from_pretrained(model), {}
+    for name, config, more in [("a", "a", ()), ("b", "b", ()), ("c", "b", ("--dropout", "0"))]:
+        words = ["--config", str(tmp_path / f"{config}.json"), "--out", str(tmp_path / name)]
+        assert cli.main(["train", *words, *more]) == 0
+        _, found[name] = fa.load_peft(tmp_path / name / "adapter", lm)
+    assert found["a"] == found["b"] == replace(found["c"], dropout=0.3)
+    assert (found["a"].rank, found["a"].alpha, found["a"].rslora) == (3, 4, True)
+    assert (found["a"].dropout, found["c"].dropout) == (0.3, 0)
 
 
 def test_train_resumes_like_a_sweep(paths, tmp_path):
