@@ -52,7 +52,7 @@ def generate(
     """
     options = dict(inputs_and_options)
     mixed = model if isinstance(model, Mixed) else bind_mixed(model, bank.method)
-    shell = mixed.shell
+    shell: Any = mixed.shell
     if not hasattr(shell, "generate"):
         raise AdapterError(f"{type(shell).__name__} has no generate(); transformers' models have.")
     names = listed(names)
@@ -77,12 +77,12 @@ def generate(
     repeats = max(beams, copies)
     if repeats > 1 and shell.config.is_encoder_decoder and "encoder_outputs" not in options:
         # The encoder sees each prompt once, the decoder each beam.
-        encoder: Any = shell.get_encoder()
+        encoder = shell.get_encoder()
         with torch.no_grad():
             inputs = _encoder_inputs(encoder, options)
             options["encoder_outputs"] = mixed.run(bank.params, ids, (), inputs, encoder)
-    run: Any = shell.generate
-    return mixed.run(bank.params, [k for k in ids for _ in range(repeats)], (), options, run)
+    each = [k for k in ids for _ in range(repeats)]
+    return mixed.run(bank.params, each, (), options, shell.generate)
 
 
 def _encoder_inputs(encoder: nn.Module, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A bank of adapters of several methods: a stack for each kind, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class Kinds:
 
     def flat(self, ids: Any) -> Any:
         """Ids in the order of the stacks, from those in the order in which adapters were given."""
-        if self.order is None:
+        if self.order is None or not isinstance(ids, Iterable):
             return ids
         if isinstance(ids, Tensor) and not ids.dtype.is_floating_point:
             # One more for the base, and what is out of range stays so.

@@ -376,6 +376,8 @@ def test_a_bank_of_several_methods_comes_apart_and_checks_its_ids():
     for ids in ([6, 0], torch.tensor([6, 0]), [-2, 0]):
         with pytest.raises(fa.errors.AdapterError, match="not in this bank of 6"):
             mixed(bank, ids, torch.ones(2, N_IN))
+    with pytest.raises(fa.errors.AdapterError, match="expected integers"):
+        mixed(bank, None, torch.ones(2, N_IN))
     with pytest.raises(fa.errors.AdapterError, match="of 4 kinds"):
         mixed(bank[0], [0, 0], torch.ones(2, N_IN))
     same, method = fa.stack([adapters[0], adapters[3]], methods=[methods[0], methods[3]])
