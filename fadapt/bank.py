@@ -78,7 +78,9 @@ class Bank:
     Attributes:
         method: what ``bind_mixed`` takes.
         params: what ``mixed`` takes: leaves ``[capacity, ...]``, a tuple of such stacks if the bank
-            holds several methods. The same tensors for all versions of the bank, until it grows.
+            holds several methods. The same tensors for all versions of the bank, until it grows: a
+            graph captured over them, ``fadapt.cuda_graph(lambda ids, x: mixed(params, ids, x), ids,
+            x)``, runs what is added or paged in later.
 
     Example:
         >>> import torch, fadapt

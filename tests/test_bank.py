@@ -1,10 +1,14 @@
-"""A bank of adapters by name: room to grow, places used again, paging, and errors that teach."""
+"""A bank of adapters by name: room to grow, places used again, paging, and errors that teach.
+
+``FADAPT_TEST_DEVICE=cuda pytest tests/test_bank.py`` runs it on a GPU, where paging is a copy from
+pinned memory and a captured graph sees what is added.
+"""
 
 import gc
 
 import pytest
 import torch
-from cases import N_IN, dense, randomized
+from cases import DEVICE, N_IN, dense, randomized
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from transforms import error
@@ -16,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps  # 8 of them: two layers' sums in another o
 
 
 def net() -> nn.Module:
-    return nn.Sequential(dense(N_IN, 8), nn.Tanh(), dense(8, 8))
+    return nn.Sequential(dense(N_IN, 8), nn.Tanh(), dense(8, 8)).to(DEVICE)
 
 
 def make(model, method, seed):
@@ -37,7 +41,8 @@ def filled(model, count, **options):
 
 
 def rows(names):
-    return torch.randn(len(names), 2, N_IN, generator=torch.Generator().manual_seed(7))
+    g = torch.Generator().manual_seed(7)
+    return torch.randn(len(names), 2, N_IN, generator=g).to(DEVICE)
 
 
 def check(model, mixed, bank, names, adapters, methods):
@@ -84,6 +89,28 @@ def test_adding_within_the_capacity_moves_nothing_and_recompiles_nothing():
     assert torch.equal(y[1:], first[1:])
     assert "new" not in bank  # which is as it was
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_captured_graph_runs_the_adapters_that_came_after_it(paged):
+    model = net()
+    bank, adapters, methods = filled(model, 2, capacity=3, paged=paged)
+    bank = bank.page(["a0", "a1"]) if paged else bank
+    mixed, params = fa.bind_mixed(model, bank.method), bank.params
+    names = ["a0", "base", "a1"]
+    x, ids = rows(names), torch.tensor(bank.ids(names), device=DEVICE)
+    graph = fa.cuda_graph(lambda ids, x: mixed(params, ids, x), ids, x)
+    new = fa.LoRA(rank=3, alpha=1)
+    adapters["new"], methods["new"] = make(model, new, 9), new
+    bank = bank.add("new", adapters["new"], new)
+    later = ["new", "base", "a1"]
+    bank = bank.page(later) if paged else bank
+    y = graph(torch.tensor(bank.ids(later), device=DEVICE), x)
+    for i, name in enumerate(later):
+        alone = None if name == "base" else adapters[name]
+        want = fa.bind(model, methods.get(name, new))(alone, x[i])
+        assert error(y[i], want.detach()) <= 8 * EPS
 
 
 def test_a_full_bank_grows_and_the_old_one_still_runs():
@@ -143,7 +170,8 @@ def test_more_adapters_than_fit_are_paged_the_least_recently_used_first():
 
 
 def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
-    model = nn.Sequential(dense(N_IN, 8), nn.Sequential(dense(8, 8)))  # "0" is the end of "1.0"
+    model = nn.Sequential(dense(N_IN, 8), nn.Sequential(dense(8, 8))).to(DEVICE)
+    # "0" is the end of "1.0"
     methods = {
         "a": fa.LoRA(rank=3, alpha=2, targets=r"1\.0"),
         "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True),
