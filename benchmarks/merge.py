@@ -1,5 +1,6 @@
 """Merging a LoRA adapter into an int8 layer, fadapt beside PEFT: time, peak extra memory, and the
-error of the weight after cycles of merging and unmerging.
+error of the weight after cycles of merging and unmerging; then, for int8, INC FP8 and AQLM, what
+each way of merging keeps of an adapter on the small shipped model (see merge_table.py).
 
     python benchmarks/merge.py           # 4096 x 4096 for time and memory, 256 x 256 for drift
 
@@ -15,6 +16,8 @@ import time
 import warnings
 
 import torch
+from merge_memory import peak_kib, reset_peak
+from merge_table import tables
 from peft import LoraConfig, get_peft_model
 from timing import machine
 from torch import Tensor, nn
@@ -45,17 +48,6 @@ def peft_model(model: nn.Module, params: dict[str, fa.LoRAParams]):
     layer.lora_A["default"].weight.data = params["l"].lora_A
     layer.lora_B["default"].weight.data = params["l"].lora_B
     return layer
-
-
-def peak_kib() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-
-def reset_peak() -> int:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return peak_kib()
 
 
 def measure(side: str, width: int) -> None:
@@ -132,6 +124,7 @@ def main() -> None:
         print(f"error of W after {CYCLES} cycles, an update of {share:.0%} of W:")
         for name, errors in drift(share).items():
             print(f"{name:<14} " + " ".join(f"{error:>9.4%}" for error in errors))
+    tables(["int8", "inc-fp8", "aqlm"], "html", 100)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from fadapt.adapter import count, fold, init, scale_by
 from fadapt.aqlm_merge import Recode
+from fadapt.aqlm_tune import finetune_aqlm
 from fadapt.bank import Bank
 from fadapt.bases import Base, Conv, Dense, Embedding, base_of, register_base
 from fadapt.batching import Mixed, bind_mixed
@@ -22,6 +23,7 @@ from fadapt.merging import merge, merged_model, unmerge
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
 from fadapt.peft import load_peft, save_peft
+from fadapt.progress import progress_bar
 from fadapt.random import dropout_seeds
 from fadapt.remainder import merge_with_remainder
 from fadapt.stacking import StackedLoRA, stack, unstack
@@ -63,6 +65,7 @@ __all__ = [
     "describe",
     "dropout_seeds",
     "export",
+    "finetune_aqlm",
     "fold",
     "generate",
     "init",
@@ -72,6 +75,7 @@ __all__ = [
     "merge_report",
     "merge_with_remainder",
     "merged_model",
+    "progress_bar",
     "register_base",
     "save_peft",
     "scale_by",

@@ -138,15 +138,17 @@ class DoRA(LoRA):
         """
         kind = torch.promote_types(params.lora_A.dtype, torch.float32)
         A, B = params.lora_A.detach().to(kind), params.lora_B.detach().to(kind).mT
-        squares, products = [], []
+        # Written in place: small results kept between large blocks would fragment the heap.
+        squares = torch.empty(base.out_features, dtype=kind, device=base.device)
+        products = torch.empty_like(B)
         for rows in _row_blocks(base, kind):
             weight = base.rows(rows).dequantize(kind)
-            squares.append(weight.square().sum(-1))
-            products.append(F.linear(A, weight))
+            squares[rows] = torch.linalg.vector_norm(weight, dim=-1).square()
+            products[..., rows] = F.linear(A, weight)
         s = self.scaling
-        cross = torch.cat(products, -1) * (2 * s) + (A @ A.mT) @ B * s**2
+        cross = products * (2 * s) + (A @ A.mT) @ B * s**2
         # What is negative, by rounding, is 0: a row that the update cancels.
-        norm: Tensor = (torch.cat(squares) + (B * cross).sum(-2)).clamp(min=0).sqrt()
+        norm: Tensor = (squares + (B * cross).sum(-2)).clamp(min=0).sqrt()
         return norm.detach()
 
     def apply(self, base: Base, params: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:

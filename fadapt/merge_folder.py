@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
-from fadapt.errors import CheckpointError, near
-from fadapt.formats import put
-from fadapt.functional import join
+from fadapt.errors import CheckpointError
+from fadapt.folder_formats import TARGETS, flat
+from fadapt.folder_plan import Folder, read_folder
 from fadapt.merging import merge_layers
-from fadapt.models import fingerprint, quiet
-from fadapt.peft import load_peft
-from fadapt.plan import Plan, plan
-from fadapt.shards import mapped, read_header, rewrite
+from fadapt.models import fingerprint
+from fadapt.progress import progress_bar
+from fadapt.shards import write
 
 Progress = Callable[[str, int, int], Any]
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -38,9 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument(
+        "--to",
+        metavar="FORMAT",
+        help=f"the format of every linear layer but the output head: {TARGETS} (default: as it is)",
+    )
+    parser.add_argument(
         "--rounding", choices=["nearest", "stochastic"], default="nearest", help="of the weights"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --rounding stochastic")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of --rounding stochastic and --to aqlm"
+    )
     parser.add_argument(
         "--unsafe", action="store_true", help="merge even if the result holds NaN or Inf"
     )
@@ -48,23 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge, with a progress bar."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-
-        def tell(path: str, k: int, total: int) -> None:
-            bar.update(task, completed=k, total=total, description=path)
-
+    with progress_bar() as bar:
         count = merge_folder(
             arguments.model,
             arguments.adapter,
             arguments.out,
+            to=arguments.to,
             rounding=arguments.rounding,
             seed=arguments.seed,
             safe=not arguments.unsafe,
-            progress=tell,
+            progress=bar,
         )
     print(f"merged {count} layers into {arguments.out}")
     return 0
@@ -75,6 +73,7 @@ def merge_folder(
     adapters: Sequence[Path],
     out: Path,
     *,
+    to: str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
     safe: bool = True,
@@ -86,137 +85,61 @@ def merge_folder(
     the same call again goes on from the last finished file.
 
     Args:
-        model: a folder of a transformers model with safetensors files, not quantized.
+        model: a folder of a transformers model with safetensors files, its linear layers dense, or
+            torchao's or AQLM's.
         adapters: PEFT folders, merged in this order.
-        out: the folder to write.
+        out: the folder to write, which ``from_pretrained`` loads.
+        to: the format of every linear layer but the output head, adapted or not: one of
+            :data:`fadapt.folder_formats.TARGETS`; None leaves each as it is.
         rounding, seed: as :func:`fadapt.merge`; each layer draws from a generator of its own.
         safe: refuse NaN and Inf.
         progress: told before each layer: its path, its index, their number.
 
     Returns:
-        How many layers were merged, those of a run before counted.
+        How many layers were written anew, those of a run before counted.
 
     Raises:
         CheckpointError: a folder that cannot be read, or is there already; a disk without room.
+        ConfigError: no folder holds the format ``to``.
         AdapterError, MergeError: as :func:`fadapt.merge`.
     """
-    files = _check(model, out)
-    headers = {file: read_header(file)[1] for file in files}
-    shell = _skeleton(model)
-    for file, entries in headers.items():
-        for name, tensor in mapped(file, entries).items():
-            if _has(shell, name):
-                put(shell, name, tensor)
-    loaded = [load_peft(folder, shell) for folder in adapters]
-    names = {name for entries in headers.values() for name in entries}
-    for params, _ in loaded:  # a layer that is in no file has no device to load an adapter to
-        for path, leaf in params.items():
-            if any(tensor.is_meta for tensor in tree_leaves(leaf)):
-                raise _missing(join(path, "weight"), names, model)
-    todo = plan(shell, [p for p, _ in loaded], [m for _, m in loaded], safe)
-    owners = _owners(todo, names, model)
-    work = _work_folder(out, _identity(model, adapters, rounding, seed, safe))
-    left = [file for file in files if not (work / file.name).exists()]
-    _check_room(work, left)
-    order = {path: k for k, path in enumerate(todo.bases)}
-    for file in left:
-        done: dict[str, Tensor] = {}
+    folder = read_folder(model, adapters, out, to, safe)
+    identity = {"to": to, "rounding": rounding, "seed": seed, "safe": safe}
+    work = _work_folder(out, _identity(model, adapters) | identity)
+    left = {f: pieces for f, pieces in folder.files.items() if not (work / f.name).exists()}
+    _check_room(work, sum(piece.size for pieces in left.values() for piece in pieces))
+    todo, order = folder.todo, {path: k for k, path in enumerate(folder.todo.bases)}
+    of_path = {piece.name: path for path, pieces in folder.parts.items() for piece in pieces}
+    done: dict[str, Tensor] = {}
 
-        def changed(name: str, done: dict[str, Tensor] = done) -> Tensor | None:
-            if name in todo.saved:
-                return todo.saved[name]
-            path = owners.get(name)
-            if path is None:
-                return None
-            if name not in done:
-                if progress is not None:
-                    progress(path, order[path], len(order))
-                g = torch.Generator().manual_seed(seed * 1_000_003 + order[path])
-                options: Any = {"rounding": rounding, "generator": g, "safe": safe}
-                ((_, _, merged),) = merge_layers(todo.only(path), **options)
-                done |= {join(path, n): t for n, t in merged.base.state().items()}
-            return done.pop(name)
+    def make(name: str) -> Tensor:
+        if name in todo.saved:
+            return todo.saved[name]
+        path = of_path[name]
+        if name not in done:
+            done.clear()
+            if progress is not None:
+                progress(path, order[path], len(order))
+            options: Any = {"rounding": rounding, "safe": safe, "to": folder.target(path, to)}
+            options["generator"] = torch.Generator().manual_seed(seed * 1_000_003 + order[path])
+            ((_, _, merged),) = merge_layers(todo.only(path), **options)
+            done.update(flat(path, merged.base)[0])
+        return done.pop(name)
 
+    for file, pieces in left.items():
         try:
-            rewrite(file, work / file.name, changed)
+            write(work / file.name, pieces, folder.metadata, make)
         except OSError as error:
             raise CheckpointError(
                 f"could not write {work / file.name}: {error.strerror or error}. What is finished "
                 "is kept: the same command goes on from there."
             ) from error
-    _finish(model, work, out)
+        done.clear()
+    _finish(model, work, out, folder)
     return len(order)
 
 
-def _check(model: Path, out: Path) -> list[Path]:
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"--model {model}: no config.json there; expected a model's folder.")
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"--model {model}: no .safetensors file in it.")
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    kind = config.get("quantization_config", {}).get("quant_method")
-    if kind is not None:
-        raise CheckpointError(
-            f"--model {model} is quantized ({kind}): its files are not weights that can be merged "
-            "into one by one. Load it and call fadapt.merged_model, or merge into the model that "
-            "it was quantized from."
-        )
-    if out.exists():
-        raise CheckpointError(f"--out {out} exists already: remove it, or name another folder.")
-    return files
-
-
-def _skeleton(folder: Path) -> nn.Module:
-    """The model without its weights."""
-    with quiet():
-        import transformers
-
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        name = (config.architectures or [""])[0]
-        kind = getattr(transformers, name, None)
-        if kind is None:
-            raise CheckpointError(
-                f"--model {folder}: config.json names the architecture {name!r}, which this "
-                f"transformers {transformers.__version__} does not have."
-            )
-        with torch.device("meta"):
-            model: nn.Module = kind(config)
-    return model.eval().requires_grad_(False)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_parameter(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _owners(todo: Plan, names: set[str], model: Path) -> dict[str, str]:
-    """``{name of a tensor that changes: its layer}``, all of them in the files."""
-    owners: dict[str, str] = {}
-    for path in todo.bases:
-        adapted = todo.adapted(path)
-        changed = ["weight"] + ([] if adapted.bias is adapted.base.bias else ["bias"])
-        owners |= {join(path, n): path for n in changed}
-    for name in (*owners, *todo.saved):
-        if name not in names:
-            raise _missing(name, names, model)
-    return owners
-
-
-def _missing(name: str, names: set[str], model: Path) -> CheckpointError:
-    return CheckpointError(
-        f"the adapter changes {name!r}, which is in no file of {model}: it may be tied to another "
-        f"tensor, or named otherwise there.{near(name, names)} Load the model and call "
-        "fadapt.merged_model."
-    )
-
-
-def _identity(
-    model: Path, adapters: Sequence[Path], rounding: str, seed: int, safe: bool
-) -> dict[str, Any]:
+def _identity(model: Path, adapters: Sequence[Path]) -> dict[str, Any]:
     digests = []
     for folder in adapters:
         digest = hashlib.sha256()
@@ -224,13 +147,7 @@ def _identity(
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())
         digests.append(digest.hexdigest())
-    return {
-        "model": fingerprint(model),
-        "adapters": digests,
-        "rounding": rounding,
-        "seed": seed,
-        "safe": safe,
-    }
+    return {"model": fingerprint(model), "adapters": digests}
 
 
 def _work_folder(out: Path, identity: dict[str, Any]) -> Path:
@@ -248,8 +165,8 @@ def _work_folder(out: Path, identity: dict[str, Any]) -> Path:
     return work
 
 
-def _check_room(work: Path, left: Sequence[Path]) -> None:
-    needed, free = sum(file.stat().st_size for file in left), shutil.disk_usage(work).free
+def _check_room(work: Path, needed: int) -> None:
+    free = shutil.disk_usage(work).free
     if needed > free:
         raise CheckpointError(
             f"the merged model needs {needed:,} more bytes, and {work.parent} has {free:,} left. "
@@ -257,9 +174,17 @@ def _check_room(work: Path, left: Sequence[Path]) -> None:
         )
 
 
-def _finish(model: Path, work: Path, out: Path) -> None:
+def _finish(model: Path, work: Path, out: Path, folder: Folder) -> None:
     for path in sorted(model.iterdir()):
         if path.is_file() and path.suffix not in _LEFT_OUT:
             shutil.copyfile(path, work / path.name)
+    if folder.config is not None:
+        (work / "config.json").write_text(json.dumps(folder.config, indent=2) + "\n", "utf-8")
+        for index in work.glob("*.safetensors.index.json"):
+            about = json.loads(index.read_text("utf-8"))
+            about["weight_map"] = {p.name: f.name for f, ps in folder.files.items() for p in ps}
+            total = sum(p.size for ps in folder.files.values() for p in ps)
+            about["metadata"] = dict(about.get("metadata") or {}, total_size=total)
+            index.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
     (work / "merge.json").unlink()
     os.replace(work, out)

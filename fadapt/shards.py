@@ -1,11 +1,11 @@
-"""safetensors files rewritten tensor by tensor: the header stays, and no file is held in memory."""
+"""safetensors files read and written tensor by tensor: no file is held in memory."""
 
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,17 +29,58 @@ _DTYPES = {
 _CHUNK = 2**24
 
 
-class Entry(NamedTuple):
-    """Where a tensor lies in a file: its dtype, its shape, and its bytes."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-    dtype: torch.dtype | None
+
+class Entry(NamedTuple):
+    """Where a tensor lies in a file: its dtype by the file's name for it, its shape, its bytes."""
+
+    kind: str
     shape: tuple[int, ...]
     start: int
     stop: int
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """None for one that is not read here, only copied."""
+        return _DTYPES.get(self.kind)
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
-    """The header as it stands, length included; and the tensors, in the order of their bytes.
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.stop - self.start
+
+
+class Piece(NamedTuple):
+    """A tensor of a file that is to be written.
+
+    Attributes:
+        name: in that file.
+        kind, shape: its dtype and shape, as the header says them.
+        size: in bytes.
+        source: the file that it is copied from, and where it starts there; None: it is made.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    size: int
+    source: tuple[Path, int] | None = None
+
+
+def copied(name: str, file: Path, at: Entry) -> Piece:
+    """The piece that is this entry of ``file``."""
+    return Piece(name, at.kind, at.shape, at.size, (file, at.start))
+
+
+def piece_like(name: str, tensor: Tensor) -> Piece:
+    """The piece for a tensor that has this one's dtype and shape."""
+    size = tensor.numel() * tensor.element_size()
+    return Piece(name, _NAMES[tensor.dtype], tuple(tensor.shape), size)
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
+    """The metadata; and the tensors, in the order of their bytes.
 
     Raises:
         CheckpointError: it is no safetensors file, or a part of it is missing.
@@ -51,10 +92,11 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
             raise CheckpointError(f"{path}: not a safetensors file, or only a part of one.")
         raw = file.read(length)
     try:
-        header = {k: v for k, v in json.loads(raw).items() if k != "__metadata__"}
+        header = json.loads(raw)
+        metadata = dict(header.pop("__metadata__", {}))
         entries = {
             name: Entry(
-                _DTYPES.get(at["dtype"]),
+                str(at["dtype"]),
                 tuple(at["shape"]),
                 8 + length + at["data_offsets"][0],
                 8 + length + at["data_offsets"][1],
@@ -69,7 +111,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
             f"{path}: {size:,} bytes, but its header speaks of {max(ends):,}: it is cut off."
         )
     ordered = dict(sorted(entries.items(), key=lambda item: item[1].start))
-    return length.to_bytes(8, "little") + raw, ordered
+    return metadata, ordered
 
 
 def mapped(path: Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
@@ -87,29 +129,47 @@ def mapped(path: Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
     return found
 
 
-def rewrite(source: Path, target: Path, changed: Callable[[str], Tensor | None]) -> None:
-    """Write ``target`` as ``source`` with some tensors replaced, each by one of its own size.
+def write(
+    target: Path,
+    pieces: Sequence[Piece],
+    metadata: Mapping[str, str],
+    make: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file, one tensor after the other.
 
     Args:
-        source: a safetensors file.
         target: made whole, or not at all.
-        changed: the new tensor of this name, or None for the old one; asked for one after another.
+        pieces: in the order in which they are to lie.
+        metadata: of the header.
+        make: the tensor of this name, for a piece that is not copied.
     """
-    raw, entries = read_header(source)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for piece in pieces:
+        header[piece.name] = {
+            "dtype": piece.kind,
+            "shape": list(piece.shape),
+            "data_offsets": [at, at + piece.size],
+        }
+        at += piece.size
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
     beside = target.with_name(f".{target.name}.partial")
-    with source.open("rb") as old, beside.open("wb") as new:
-        new.write(raw)
-        for name, at in entries.items():
-            tensor = changed(name)
-            if tensor is None:
-                old.seek(at.start)
-                for piece in _pieces(old.read, at.stop - at.start):
-                    new.write(piece)
+    with beside.open("wb") as new:
+        new.write(len(raw).to_bytes(8, "little") + raw)
+        for piece in pieces:
+            if piece.source is not None:
+                file, start = piece.source
+                with file.open("rb") as old:
+                    old.seek(start)
+                    for part in _parts(old.read, piece.size):
+                        new.write(part)
                 continue
-            if tensor.dtype != at.dtype or tuple(tensor.shape) != at.shape:
+            tensor = make(piece.name)
+            if _NAMES.get(tensor.dtype) != piece.kind or tuple(tensor.shape) != piece.shape:
                 raise CheckpointError(
-                    f"{source}: {name!r} is {at.dtype} {list(at.shape)} and would become "
-                    f"{tensor.dtype} {list(tensor.shape)}."
+                    f"{target.name}: {piece.name!r} is to be {piece.kind} {list(piece.shape)}, and "
+                    f"became {tensor.dtype} {list(tensor.shape)}."
                 )
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             new.write(flat.data)
@@ -118,7 +178,7 @@ def rewrite(source: Path, target: Path, changed: Callable[[str], Tensor | None])
     os.replace(beside, target)
 
 
-def _pieces(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
+def _parts(read: Callable[[int], bytes], size: int) -> Iterator[bytes]:
     while size > 0:
         piece = read(min(size, _CHUNK))
         if not piece:

@@ -12,7 +12,7 @@ from torchao.quantization import Int8Tensor
 import fadapt as fa
 from fadapt.bases.aqlm import aqlm_layer
 from fadapt.bases.aqlm_fresh import encode
-from fadapt.errors import AdapterError, ConfigError, MergeError
+from fadapt.errors import AdapterError, ConfigError, MergeError, UnsupportedLayerError
 from fadapt.testing import assert_pure
 
 N = 64
@@ -159,3 +159,73 @@ def test_into_int8_from_aqlm():
     assert bool((error <= merged[0].weight.scale / 2 * (1 + 1e-5) + slack).all())
     with pytest.raises(MergeError, match="merged_model"):
         fa.merge(model, params, METHOD, to="int8")
+
+
+def test_fine_tuning_brings_the_outputs_closer_and_keeps_the_codes():
+    model = nn.Sequential(*model_of(), nn.Tanh(), *model_of())
+    method = fa.LoRA(rank=4, targets=["0", "2"])
+    params = {"0": adapter(0.3)["0"], "2": adapter(0.3)["0"]}
+    merged = fa.merged_model(model, params, method, aqlm=fa.Recode(rounds=1))
+    forward, seen = fa.bind(model, method), []
+    xs = list(inputs(256).split(64))
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # its first use makes loggers
+    new = assert_pure(
+        lambda: fa.finetune_aqlm(
+            merged,
+            lambda x: forward(params, x),
+            xs,
+            steps=40,
+            lr=3e-3,
+            progress=lambda *a: seen.append(a),
+        ),
+        merged,
+        model,
+        params,
+        xs,
+    )
+    assert [a[:3] for a in seen] == [("tuning", k, 40) for k in range(40)]
+    x = torch.cat(xs)
+    want = forward(params, x)
+    with torch.no_grad():
+        before, after = ((m(x) - want).norm() / want.norm() for m in (merged, new))
+    assert after < 0.8 * before  # measured 0.5
+    for path in ("0", "2"):
+        old, now = (fa.base_of(m.get_submodule(path)) for m in (merged, new))
+        assert type(new.get_submodule(path)) is QuantizedLinear
+        assert torch.equal(now.codes, old.codes)
+        assert not torch.equal(now.codebooks, old.codebooks)
+    # Steps that do not help, or no time: the layers as they were.
+    for options in ({"lr": 50.0, "steps": 3}, {"seconds": -1.0}):
+        same = fa.finetune_aqlm(merged, lambda x: forward(params, x), xs, **options)
+        assert torch.equal(same[0].codebooks, merged[0].codebooks)
+    for wrong, words in (({"steps": 0}, "steps"), ({"batches": []}, "no batch")):
+        with pytest.raises(ConfigError, match=words):
+            fa.finetune_aqlm(merged, forward, **({"batches": xs} | wrong))
+    with pytest.raises(UnsupportedLayerError, match="no AQLM layer"):
+        fa.finetune_aqlm(nn.Linear(2, 2), forward, xs)
+
+
+def test_a_search_out_of_time_keeps_what_it_has():
+    model, params, x = model_of(), adapter(0.3), inputs()
+    moments = fa.calibrate(model, params, METHOD, [x])
+    for options in ({}, {"moments": moments}):
+        state = fa.merge(model, params, METHOD, aqlm=fa.Recode(seconds=0.0), **options)
+        assert torch.equal(state["0.codes"], fa.base_of(model[0]).codes)
+    # From nothing: what k-means drew.
+    merged = fa.merged_model(
+        model,
+        params,
+        METHOD,
+        to="aqlm-2x6",
+        generator=torch.Generator().manual_seed(0),
+        aqlm=fa.Recode(seconds=0.0),
+    )
+    assert merged[0].codes.shape == model[0].codes.shape
+
+
+def test_a_result_that_is_not_finite_is_refused():
+    huge = {"0": fa.LoRAParams(torch.full((4, N), 1e30), torch.full((N, 4), 1e30))}
+    g = torch.Generator().manual_seed(0)
+    for options in ({"aqlm": fa.Recode(rounds=0)}, {"to": "aqlm-2x4", "generator": g}):
+        with pytest.raises(MergeError, match=r"'0'.*NaN or Inf"):
+            fa.merged_model(model_of(), huge, METHOD, **options)

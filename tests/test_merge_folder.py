@@ -2,20 +2,28 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pytest
 import torch
+from cases import randomized
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_lm import make_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import fadapt as fa
 from fadapt import merge_folder as folder_module
 from fadapt.cli import main
-from fadapt.errors import AdapterError, CheckpointError
+from fadapt.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from fadapt.merge_folder import merge_folder
-from fadapt.models import SHIPPED
+from fadapt.merging import merge_layers
+from fadapt.models import SHIPPED, quiet
+from fadapt.plan import plan
 
 # PEFT asks transformers by a name that it has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -37,6 +45,21 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.02)
     peft.save_pretrained(root / "adapter")
+    return root / "model", root / "adapter"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    """A model of two layers and 14 linears in float32, in shards, and an adapter."""
+    root = tmp_path_factory.mktemp("small")
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            make_model(root / "whole"), dtype=torch.float32
+        )
+        model.save_pretrained(root / "model", max_shard_size="8KB")
+    method = fa.LoRA(rank=2, targets=["q_proj", "down_proj"])
+    fresh = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    fa.save_peft(root / "adapter", randomized(fresh, 0), method)
     return root / "model", root / "adapter"
 
 
@@ -143,11 +166,49 @@ def test_refusals_come_before_any_work(folders, tmp_path, monkeypatch):
         merge_folder(cut, [adapter], out)
     quantized = shutil.copytree(model, tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "aqlm"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (quantized / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"quantized \(aqlm\)"):
+    with pytest.raises(CheckpointError, match=r"quantized \(gptq\)"):
         merge_folder(quantized, [adapter], out)
+    for to, words in (
+        ("inc-fp8", "calibration inputs.*save_inc_model"),
+        ("bfloat16", "one floating dtype"),
+        ("int9", "no such format"),
+        ("int8-group48", r"'model\.layers\.0.*groups of 48 do not divide the 128"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            merge_folder(model, [adapter], out, to=to)
     assert not out.exists()
+    assert not list(tmp_path.glob(".out*/*.safetensors"))
+
+
+def test_a_killed_run_goes_on_and_ends_on_the_same_bytes(small, tmp_path):
+    model, adapter = small
+    merge_folder(model, [adapter], tmp_path / "whole", to="int8")
+    child = (
+        "import sys; from pathlib import Path; from fadapt.merge_folder import merge_folder\n"
+        "def tell(*a): print(*a, flush=True); sys.stdin.readline()\n"  # a layer a line
+        "m, a, o = map(Path, sys.argv[1:]); merge_folder(m, [a], o, to='int8', progress=tell)"
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-W", "ignore", "-c", child, *map(str, (model, adapter, out))]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True) as run:
+        for _ in range(9):
+            assert run.stdout.readline()
+            run.stdin.write("\n")
+            run.stdin.flush()
+        run.kill()
+    assert run.returncode == -9
+    assert not out.exists()
+    assert list((tmp_path / ".out.partial").glob("model*.safetensors"))
+    rest: list[str] = []
+    assert (
+        merge_folder(model, [adapter], out, to="int8", progress=lambda *a: rest.append(a[0])) == 14
+    )
+    assert 0 < len(rest) < 14
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes()
 
 
 def test_a_tied_head_is_refused_by_name(folders, tmp_path):
@@ -158,3 +219,90 @@ def test_a_tied_head_is_refused_by_name(folders, tmp_path):
     fa.save_peft(tmp_path / "adapter", params, method)
     with pytest.raises(CheckpointError, match=r"'lm_head\.weight'.*tied"):
         merge_folder(model, [tmp_path / "adapter"], tmp_path / "out")
+
+
+def load(folder: Path):
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+TARGETS = ["int8", "int8-group8", "int8-dynamic", "float8", "int4-group8", "aqlm-2x4", "dense"]
+
+
+@pytest.fixture(scope="module")
+def written(small, tmp_path_factory):
+    """The folder written in each format."""
+    model, adapter = small
+    root = tmp_path_factory.mktemp("to")
+    for to in TARGETS:
+        assert merge_folder(model, [adapter], root / to, to=to, seed=3) == 14
+    return root
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_another_format_is_what_from_pretrained_loads(small, written, to):
+    """All layers but the head, with the numbers that merged_model gives; run by the vendor."""
+    model, adapter = small
+    loaded, base = load(written / to), load(model)
+    params, method = fa.load_peft(adapter, base)
+    every = fa.LoRA(rank=method.rank, targets="all-linear", exclude=["lm_head"])
+    whole = fa.init(every, base, generator=torch.Generator().manual_seed(0))
+    assert len(whole) == 14
+    todo = plan(base, [whole, params], [every, method])  # a fresh adapter changes nothing
+    kind = {"dense": "Dense", "float8": "Float8", "int4": "Intx", "aqlm": "Aqlm"}
+    for k, path in enumerate(todo.bases):
+        g = torch.Generator().manual_seed(3 * 1_000_003 + k)
+        ((_, _, merged),) = merge_layers(todo.only(path), to=to, generator=g)
+        found = fa.base_of(loaded.get_submodule(path))
+        assert type(found).__name__ == kind.get(to.split("-")[0], "Int8")
+        assert torch.equal(found.dequantize(), merged.base.dequantize())
+    assert type(loaded.lm_head) is nn.Linear
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        got, want = loaded(ids).logits, fa.bind(base, method)(params, ids).logits
+    error = float((got - want).norm() / want.norm())
+    # What the rounding of every layer does to this model; dense: float32 sums.
+    assert error < {"dense": 1e-5, "int8": 0.05, "float8": 0.2}.get(to.split("-")[0], 1.0)
+    assert (
+        "quantization_config" in json.loads((written / to / "config.json").read_text())
+        or to == "dense"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        ("int8", None),
+        ("int4-group8", None),
+        ("int8-group8", "dense"),
+        ("aqlm-2x4", "int8"),
+        ("aqlm-2x4", "dense"),
+        ("float8", "aqlm-2x4"),
+    ],
+)
+def test_quantized_folders_are_merged_into_too(small, written, tmp_path, source, to):
+    _, adapter = small
+    model = written / source
+    merge_folder(model, [adapter], tmp_path / "out", to=to, seed=1)
+    base, new = load(model), load(tmp_path / "out")
+    params, method = fa.load_peft(adapter, base)
+    for path, leaf in params.items():
+        old, now = (fa.base_of(m.get_submodule(path)) for m in (base, new))
+        if to is None:
+            assert type(now) is type(old)
+        want = method.merge(old.dequantize(torch.float32), leaf)
+        error = (now.dequantize(torch.float32) - want).norm() / want.norm()
+        assert error < {None: 0.2, "int8": 0.02, "dense": 0.01}.get(to, 0.5)
+        assert error < 0.9 * (old.dequantize(torch.float32) - want).norm() / want.norm() or to
+    if to is None:  # what has no adapter keeps its bytes
+        other = "model.layers.0.self_attn.k_proj"
+        assert torch.equal(
+            fa.base_of(base.get_submodule(other)).codes(),
+            fa.base_of(new.get_submodule(other)).codes(),
+        )
+
+
+def test_aqlm_folders_without_another_format_are_refused(small, written, tmp_path):
+    with pytest.raises(MergeError, match=r"is AQLM: .*to='int8'"):
+        merge_folder(written / "aqlm-2x4", [small[1]], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,179 @@
+"""Peak extra memory of merging into an int8 layer of 4096 x 4096, by method and rounding; and of
+``fadapt merge`` on a folder: how little of the model it holds.
+
+    python benchmarks/merge_memory.py
+
+Each line is a process of its own: MiB at the peak above where the merge began, and that less the
+new weight (codes and scales). ``feedback`` alone holds square matrices of the width of the inputs.
+"""
+
+import argparse
+import gc
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import machine
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, PerTensor, quantize_
+
+import fadapt as fa
+
+RANK = 8
+METHODS = {"lora": fa.LoRA(rank=RANK), "dora": fa.DoRA(rank=RANK), "oft": fa.OFT(block_size=32)}
+GRANULARITIES = {"row": PerRow(), "group": PerGroup(128), "tensor": PerTensor()}
+LINES = [
+    *((m, g, "nearest") for m in METHODS for g in GRANULARITIES),
+    ("lora", "row", "search"),
+    ("lora", "tensor", "search"),
+    ("lora", "row", "stochastic"),
+    ("lora", "row", "unmerge"),
+    ("lora", "row", "feedback"),
+]
+
+
+def peak_kib() -> int:
+    """The most memory that this process has had, since the last reset."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def now_kib() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+
+def reset_peak() -> int:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak_kib()
+
+
+def case(width: int, method: Any, granularity: str) -> tuple[nn.Module, Any]:
+    """An int8 layer, and an adapter with a small random change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(width, width, bias=False).requires_grad_(False))
+    quantize_(model, Int8WeightOnlyConfig(granularity=GRANULARITIES[granularity]))
+    g = torch.Generator().manual_seed(0)
+    params = fa.init(method, model, generator=g)
+    leaf = params["0"]
+    moved = {n: t + 0.01 * torch.randn(t.shape, generator=g) for n, t in leaf._asdict().items()}
+    return model, {"0": type(leaf)(**moved)}
+
+
+def measure(width: int, name: str, granularity: str, rounding: str) -> None:
+    """Print the peak, and the peak less the new weight, in MiB."""
+    method = METHODS[name]
+    for size in (256, width):  # the first loads what is loaded on first use
+        model, params = case(size, method, granularity)
+        options: dict[str, Any] = {}
+        if rounding == "unmerge":
+            model = fa.merged_model(model, params, method)
+        else:
+            options["rounding"] = rounding
+        if rounding == "feedback":
+            options["moments"] = {"0": torch.eye(size)}
+        if rounding == "stochastic":
+            options["generator"] = torch.Generator().manual_seed(0)
+        gc.collect()
+        before = reset_peak()
+        run = fa.unmerge if rounding == "unmerge" else fa.merge
+        state = run(model, params, method, **options)
+        peak = (peak_kib() - before) / 1024
+    weight = state["0.weight"]
+    output = (weight.qdata.numel() + 4 * weight.scale.numel()) / 2**20
+    print(peak, peak - output)
+
+
+def folder(layers: int, width: int, to: str | None) -> None:
+    """Merge into a folder of ``layers`` square-ish blocks; print its MiB and the peak's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fadapt.merge_folder import merge_folder
+
+    with tempfile.TemporaryDirectory() as root:
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            vocab_size=1024,
+        )
+        model = LlamaForCausalLM(config).bfloat16()
+        model.save_pretrained(f"{root}/model", max_shard_size="200MB")
+        method = fa.LoRA(rank=RANK, targets="all-linear", exclude=["lm_head"])
+        fa.save_peft(
+            f"{root}/adapter",
+            fa.init(method, model, generator=torch.Generator().manual_seed(0)),
+            method,
+        )
+        del model
+        gc.collect()
+        size = sum(f.stat().st_size for f in Path(root, "model").glob("*.safetensors"))
+        code = (
+            "import sys, pathlib; sys.path.insert(0, sys.argv[1]);"
+            "from merge_memory import anonymous; anonymous(*sys.argv[2:])"
+        )
+        command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), root]
+        done = subprocess.run([*command, to or ""], capture_output=True, text=True, check=True)
+        kind = "its own format" if to is None else to
+        print(f"{size / 2**20:>8.0f} MiB into {kind:<16} {done.stdout.strip()}")
+        assert merge_folder is not None
+
+
+def anonymous(root: str, to: str) -> None:
+    """Merge the folder, and print the largest anonymous memory: the map of the files, which the
+    kernel can drop at any time, is not in it."""
+    import threading
+    import time
+
+    from fadapt.merge_folder import merge_folder
+
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            with open("/proc/self/status") as file:
+                most[0] = max(most[0], *(int(r.split()[1]) for r in file if "RssAnon" in r))
+            time.sleep(0.002)
+
+    start = time.perf_counter()
+    with open("/proc/self/status") as file:
+        before = next(int(r.split()[1]) for r in file if "RssAnon" in r)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    merge_folder(Path(root, "model"), [Path(root, "adapter")], Path(root, "out"), to=to or None)
+    over.set()
+    thread.join()
+    seconds = time.perf_counter() - start
+    print(f"{(most[0] - before) / 1024:>8.0f} MiB at the peak, {seconds:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--line", nargs=3, help="print one line's numbers")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.line:
+        measure(args.width, *args.line)
+        return
+    print(machine("cpu"))
+    print(f"int8 {args.width} x {args.width}:          peak MiB   beyond the output")
+    for line in LINES:
+        command = [sys.executable, "-W", "ignore", __file__, "--width", str(args.width), "--line"]
+        done = subprocess.run([*command, *line], capture_output=True, text=True, check=True)
+        peak, beyond = map(float, done.stdout.split()[-2:])
+        print(f"{' '.join(line):28}{peak:>10.1f}{beyond:>12.1f}", flush=True)
+    print("fadapt merge of a whole folder, bfloat16:")
+    for to in (None, "int8"):
+        folder(12, 1024, to)
+
+
+if __name__ == "__main__":
+    main()
