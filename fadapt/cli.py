@@ -16,6 +16,10 @@ from fadapt.errors import FadaptError, near
 
 # Command -> (module, one line of help).
 COMMANDS = {
+    "export": (
+        "fadapt.export_folder",
+        "write a model and its adapters as one graph: ONNX, .pt2 or AOTInductor",
+    ),
     "generate": (
         "fadapt.generate_prompts",
         "continue prompts, each wearing its own adapter, batch by batch",

@@ -1,183 +1,194 @@
-"""One graph of a mixed batch: ``torch.export`` (.pt2) and ONNX, the adapters' ids an input."""
+"""One graph of a mixed batch: ``torch.export`` (.pt2), ONNX and AOTInductor, the adapters' ids an
+input."""
 
-import hashlib
-import json
 import os
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from fadapt.bank import Bank
 from fadapt.batching import bind_mixed
-from fadapt.errors import CheckpointError, ConfigError
+from fadapt.errors import ConfigError
+from fadapt.export_cache import decoder_inputs, output_names, with_cache
+from fadapt.export_graph import Axes, check_axes, trace
+from fadapt.export_manifest import (
+    check_export,
+    data_of,
+    ids_of,
+    leaf_names,
+    of_source,
+    plain_bank,
+    write_manifest,
+)
+from fadapt.export_onnx import write_onnx
+from fadapt.kinds import Kinds
 from fadapt.method import Method
 
-Axes = Mapping[str, Mapping[int, str]]
-_FORMATS = (".pt2", ".onnx")
-_LARGEST = 2**20  # of any dynamic axis
-
-
-class _Graph(nn.Module):
-    """The call that is exported: ids, then the model's inputs, then the bank's leaves."""
-
-    def __init__(self, mixed: Any, names: Sequence[str], bank: Any, spec: Any, pick: Any):
-        super().__init__()
-        self.shell = mixed.shell  # so that the weights are the program's own
-        self.mixed, self.names, self.spec, self.pick = [mixed], names, spec, pick
-        self.held = [bank]
-
-    def forward(self, ids: Tensor, inputs: list[Tensor], leaves: list[Tensor]) -> Any:
-        bank = tree_unflatten(leaves, self.spec) if leaves else self.held[0]
-        return self.pick(self.mixed[0](bank, ids, **dict(zip(self.names, inputs, strict=True))))
+__all__ = ["check_export", "export"]
+_AOTI = ".aoti.pt2"
+_FORMATS = (_AOTI, ".pt2", ".onnx")
 
 
 def export(
     model: nn.Module,
-    method: Method,
+    method: Method | Kinds,
     path: str | Path,
     *,
-    bank: Mapping[str, Any],
-    inputs: Mapping[str, Tensor],
-    dynamic: Axes,
+    bank: Any,
+    inputs: Mapping[str, Tensor] | None = None,
+    dynamic: Axes | None = None,
+    kv_cache: bool = False,
     bake: bool = False,
     pick: Callable[[Any], Any] = lambda output: getattr(output, "logits", output),
     state: Mapping[str, Tensor] | None = None,
+    opset: int | None = None,
+    external_data: bool | None = None,
 ) -> Path:
     """Write a graph in which row i of the batch wears adapter ``ids[i]``, -1 for none.
 
-    Int8 weights stay int8 in the file. Beside it goes ``NAME.json``, a manifest of what it was made
-    of, which :func:`check_export` compares.
+    Int8 weights stay int8 in the file, and where activations are rounded to int8 too, they are
+    multiplied as integers. Beside it goes ``NAME.json``, a manifest of what it was made of, which
+    :func:`check_export` compares, and of its inputs' names, in order.
+
+    The suffix is the format: ``.pt2`` is a program of ``torch.export``, ``.aoti.pt2`` an
+    AOTInductor package for this machine (its inputs must be contiguous: it reads them by the
+    strides that it was made for), ``.onnx`` a model for ONNX Runtime. The first two are called with
+    ``(ids, [inputs], [leaves of the bank])``; ONNX by name, ``ids`` first.
 
     Args:
         model: in eval mode; only read.
         method: of the bank.
-        path: ``*.pt2`` or ``*.onnx``.
-        bank: a stack of K adapters.
+        path: ``*.pt2``, ``*.aoti.pt2`` or ``*.onnx``.
+        bank: a stack of K adapters (or of several kinds of them), or a :class:`fadapt.Bank`, whose
+            names and ids go to the manifest.
         inputs: the model's keyword inputs by name, an example of each. Dynamic axes must be of at
-            least 2, or torch.export takes their size for a constant.
+            least 2, or torch.export takes their size for a constant. None for those of a causal LM
+            of transformers: ``input_ids`` and ``attention_mask``, ``[batch, sequence]``.
         dynamic: ``{input: {axis: name}}``; axes of one name are of one size. ``ids`` has the axis
-            ``"batch"``.
+            ``"batch"``. When it runs, each may be of 1.
+        kv_cache: of a causal LM: for each layer N take ``past_key_values.N.key`` and ``.value``
+            ``[batch, heads, past, size]``, and return ``present.N.key`` and ``.value`` after the
+            logits; the mask is ``[batch, past + sequence]``, and ``position_ids`` are an input.
+            One graph for the prompt (``past`` is 0) and for every token after it.
         bake: write the bank into the graph. Otherwise its leaves are inputs too, ``bank_0`` and so
             on in the order of the manifest's ``"bank"``, of any K and any rank: other adapters need
-            no other export.
-        pick: what of the model's output is the graph's.
+            no other export. They are the leaves that ``bind_mixed(model, method).prepare(bank)``
+            has, and a ``Bank``'s: of LoRA the parameters themselves, of OFT the rotations, of DoRA
+            also the norms, so that no run makes them again.
+        pick: what of the model's output is the graph's; without ``kv_cache``.
         state: as :func:`fadapt.bind`'s.
+        opset: of ONNX; 21 if None.
+        external_data: of ONNX: put the weights beside the graph, in ``NAME.onnx.data``. If None,
+            where they are too large for one file (2 GiB).
 
     Returns:
         ``path``.
 
     Raises:
-        ConfigError: another suffix, an axis of 1, no axis named ``"batch"``.
+        ConfigError: another suffix, an axis of 1, no axis named ``"batch"``; inputs that
+            ``kv_cache`` makes itself; a model whose cache is of another kind; an operation that
+            ONNX does not have.
+        AdapterError: the bank does not fit.
 
-    Follows ``torch.export`` and ``torch.onnx.export(dynamo=True)``.
+    Follows ``torch.export``, ``torch.onnx.export(dynamo=True)``,
+    ``torch._inductor.aoti_compile_and_package``, and Optimum's names of a decoder's inputs.
     """
     path = Path(path)
-    sizes = {name: inputs[key].shape[k] for key, at in dynamic.items() for k, name in at.items()}
-    if path.suffix not in _FORMATS:
-        raise ConfigError(f"export to {path.name}: expected one of {', '.join(_FORMATS)}.")
-    if "batch" not in sizes or min(sizes.values()) < 2:
+    kind = suffix_of(path, opset, external_data)
+    params, method_ = plain_bank(bank), _method(method, bank, bake)
+    if (inputs is None) != (dynamic is None) or (kv_cache and inputs is not None):
         raise ConfigError(
-            f"the dynamic axes of the example have the sizes {sizes}: each must be at least 2, and "
-            "one is named 'batch', which is the ids' too."
+            "pass inputs= and dynamic= both, or neither; kv_cache=True makes them itself."
         )
-    mixed = bind_mixed(model, method, state)
-    leaves, spec = tree_flatten(dict(bank))
-    device = leaves[0].device
-    ids = torch.arange(sizes["batch"], device=device) % len(leaves[0])
-    axes = {name: torch.export.Dim(name, min=2, max=_LARGEST) for name in sizes}
-    where = [{k: axes[n] for k, n in dynamic.get(key, {}).items()} for key in inputs]
-    given = [] if bake else list(leaves)
-    # Which axis of a leaf is the rank is for torch.export to find: it is what two leaves share.
-    free = [dict.fromkeys(range(t.dim()), torch.export.Dim.AUTO) for t in given]
-    graph = _Graph(mixed, list(inputs), bank, spec, pick).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.export's, of the shell that functional_call lends
-        program = torch.export.export(
-            graph,
-            (ids, list(inputs.values()), given),
-            dynamic_shapes=({0: axes["batch"]}, where, free),
-            strict=False,
-        )
-        beside = path.with_name(f".{path.name}.partial{path.suffix}")
-        if path.suffix == ".pt2":
-            torch.export.save(program, beside)
-        else:
-            names = ["ids", *inputs, *(f"bank_{k}" for k in range(len(given)))]
-            torch.onnx.export(
-                program, f=str(beside), input_names=names, external_data=False, optimize=False
+    if inputs is not None and dynamic is not None:
+        check_axes(inputs, dynamic)
+    mixed = bind_mixed(model, method_, state)
+    if inputs is None or dynamic is None:
+        inputs, dynamic = decoder_inputs(mixed, kv_cache)
+    params = mixed.prepare(params)
+    program = trace(
+        mixed,
+        params,
+        inputs,
+        dynamic,
+        with_cache if kv_cache else lambda run, given: pick(run(**given)),
+        bake,
+    )
+    leaves = [] if bake else [f"bank_{k}" for k in range(len(tree_leaves(params)))]
+    about = of_source(model, method, bank if bake else None, state) | {
+        "format": kind[1:],
+        "inputs": ["ids", *inputs, *leaves],
+        "outputs": output_names(dict(inputs)) if kv_cache else None,
+        "bank": leaf_names(params),
+        "ids": ids_of(bank) if isinstance(bank, Bank) else None,
+    }
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        fresh = Path(folder) / path.name
+        if kind == ".onnx":
+            axes = [
+                {0: "batch"},
+                *(dynamic.get(key, {}) for key in inputs),
+                *_adapters(params, bake),
+            ]
+            write_onnx(
+                program, fresh, about["inputs"], about["outputs"], axes, opset, external_data
             )
-    about = _manifest(model, method, bank if bake else None, state)
-    about["bank"] = [
-        torch.utils._pytree.keystr(k) for k, _ in tree_flatten_with_path(dict(bank))[0]
-    ]
-    about["graph"] = hashlib.sha256(beside.read_bytes()).hexdigest()
-    os.replace(beside, path)  # until its manifest is written too, the old one does not fit it
-    _about(path).write_text(json.dumps(about, indent=1), "utf-8")
+        elif kind == ".pt2":
+            torch.export.save(program, fresh)
+        else:
+            with torch.no_grad():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(fresh))
+        # Until its manifest is written too, the old one does not fit it.
+        data_of(path).unlink(missing_ok=True)
+        for made in (data_of(fresh), fresh):
+            if made.exists():
+                os.replace(made, path.with_name(made.name))
+    write_manifest(path, about)
     return path
 
 
-def check_export(
-    path: str | Path,
-    model: nn.Module,
-    method: Method,
-    bank: Mapping[str, Any] | None = None,
-    state: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Raise CheckpointError unless the graph at ``path`` was made of just this.
-
-    Args:
-        path: what :func:`export` wrote.
-        model, method, state: as they are now.
-        bank: the adapters, if they were baked in; else None.
-    """
-    path = Path(path)
-    try:
-        about = json.loads(_about(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has no manifest beside it: {error}. Export again."
-        ) from error
-    now = _manifest(model, method, bank, state)
-    now["graph"] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    stale = [name for name, value in now.items() if about.get(name) != value]
-    if stale:
-        raise CheckpointError(f"{path} is stale: {', '.join(stale)} changed since. Export again.")
-
-
-def _about(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def _manifest(
-    model: nn.Module, method: Method, bank: Any, state: Mapping[str, Tensor] | None
-) -> dict[str, Any]:
-    weights = dict(model.state_dict()) | dict(state or {})
-    return {
-        "weights": _digest(weights),
-        "adapters": None if bank is None else _digest(dict(bank)),
-        "method": repr(method),
-        "torch": torch.__version__,
-    }
-
-
-def _digest(tensors: Any) -> str:
-    digest = hashlib.sha256()
-    for key, leaf in tree_flatten_with_path(tensors)[0]:
-        for name, plain in _plain(leaf):
-            digest.update(f"{key}{name}{plain.dtype}{list(plain.shape)}".encode())
-            flat = plain.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _plain(leaf: Any) -> list[tuple[str, Tensor]]:
-    if not isinstance(leaf, Tensor):
+def _adapters(params: Any, bake: bool) -> list[dict[int, str]]:
+    """The name of K, of each leaf."""
+    if bake:
         return []
-    if hasattr(leaf, "__tensor_flatten__"):
-        inner, about = leaf.__tensor_flatten__()  # how it rounds its activations is in the latter
-        return [(f"{name} {about}", getattr(leaf, name)) for name in inner]
-    return [("", leaf)]
+    if not isinstance(params, tuple):
+        return [{0: "adapters"} for _ in tree_leaves(params)]
+    return [{0: f"adapters_{k}"} for k, one in enumerate(params) for _ in tree_leaves(one)]
+
+
+def suffix_of(path: Path, opset: int | None, external_data: bool | None) -> str:
+    """The format of ``path``, if these options and its folder fit it.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    kind = next((suffix for suffix in _FORMATS if path.name.endswith(suffix)), None)
+    if kind is None:
+        raise ConfigError(
+            f"export to {path.name}: expected one of {', '.join(_FORMATS)} for a suffix."
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"export to {path}: there is no folder {path.parent}.")
+    if kind != ".onnx" and (opset is not None or external_data is not None):
+        raise ConfigError(f"opset= and external_data= are ONNX's, and {path.name} is {kind}.")
+    return kind
+
+
+def _method(method: Any, bank: Any, bake: bool) -> Any:
+    if isinstance(bank, Bank) and method != bank.method:
+        raise ConfigError("a Bank is exported with its own method: pass bank.method.")
+    if bake or not isinstance(method, Kinds) or method.order is None:
+        return method
+    if list(method.order) != sorted(method.order):
+        raise ConfigError(
+            "these adapters were stacked with their kinds in turns, and a graph that takes other "
+            "banks must count ids kind by kind. Stack those of one kind one after the other, use a "
+            "fadapt.Bank, or bake the bank in."
+        )
+    return replace(method, order=None)

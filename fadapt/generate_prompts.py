@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from fadapt.bank import BASE_NAME, Bank
+from fadapt.bank import BASE_NAME
 from fadapt.batching import bind_mixed
-from fadapt.errors import ConfigError, FadaptError
+from fadapt.errors import ConfigError
 from fadapt.generation import generate
 from fadapt.models import SHIPPED, context_of, load_model, load_tokenizer, quiet
-from fadapt.peft import load_peft
+from fadapt.named_adapters import adapter_folders, load_bank
 from fadapt.prompts import Prompt, read_prompts
 from fadapt.settings import BASES, COUNT, DTYPES, POSITIVE, SEED, SHARE
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read, check, then generate batch by batch; each batch's lines are written as it ends."""
     options = _options(arguments)
-    folders = _folders(arguments.adapter)
+    folders = adapter_folders(arguments.adapter)
     prompts = read_prompts(arguments.prompts, folders)
     tokenizer = load_tokenizer(arguments.model)
     rows = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     model: Any = load_model(
         arguments.model, arguments.base, arguments.dtype, arguments.device, length=None
     )
-    bank = Bank.holding(model, {n: _load(n, folder, model) for n, folder in folders.items()})
+    bank = load_bank(model, folders)
     end = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else end
     pad = tokenizer.pad_token_id
@@ -138,28 +138,6 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {name: given[name] for name, _, _, _ in _OPTIONS if name in given}
     always = ("max_new_tokens", "do_sample", "num_beams", "num_return_sequences")
     return options | {name: given[name] for name in always}
-
-
-def _folders(words: Sequence[str]) -> dict[str, Path]:
-    folders: dict[str, Path] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not (name and equals and folder):
-            raise ConfigError(f"--adapter {word}: expected NAME=DIR.")
-        if name == BASE_NAME or name in folders:
-            why = "is the model without an adapter" if name == BASE_NAME else "was given twice"
-            raise ConfigError(f"--adapter {word}: the name {name!r} {why}; choose another.")
-        if not Path(folder).is_dir():
-            raise ConfigError(f"--adapter {word}: there is no such folder.")
-        folders[name] = Path(folder)
-    return folders
-
-
-def _load(name: str, folder: Path, model: Any) -> tuple[Any, Any]:
-    try:
-        return load_peft(folder, model)
-    except FadaptError as error:
-        raise type(error)(f"--adapter {name}={folder}: {error}") from error
 
 
 def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from cases import randomized
+from cases import BASES, dense, randomized
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
@@ -82,9 +81,8 @@ def run(path, ids, inputs, bank):
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-@pytest.mark.parametrize("base", CONFIGS)
-def test_other_sizes_ids_and_adapters_need_no_other_export(tmp_path, base, suffix):
-    model, method = llama(base), fa.LoRA(rank=4, targets=TARGETS)
+def test_other_sizes_ids_and_adapters_need_no_other_export(tmp_path, suffix):
+    model, method = llama("dynamic"), fa.LoRA(rank=4, targets=TARGETS)
     bank, path = bank_of(model, method, 3), tmp_path / f"graph{suffix}"
     assert_pure(
         lambda: export(model, method, path, bank=bank, inputs=tokens(3, 5), dynamic=AXES),
@@ -96,17 +94,156 @@ def test_other_sizes_ids_and_adapters_need_no_other_export(tmp_path, base, suffi
     ids = torch.tensor([1, -1, 0, 4])
     want = fa.bind_mixed(model, wide)(other, ids, **inputs).logits
     got = run(path, ids, inputs, other)
-    # What rounds its activations multiplies them as floats here and as integers in eager mode: the
-    # last bit may take an element to the next of 255 steps.
-    bound = 1 / 127 if base == "dynamic" else 64 * torch.finfo(torch.float32).eps
-    assert error(got, want) <= bound
-    plain = model(**inputs).logits
-    assert error(got[1], plain[1]) <= bound
+    # What comes before a layer differs in its last bit, which may take an element of that layer's
+    # activation over the middle to the next of 255 steps.
+    assert error(got, want) <= 1 / 127
+    assert error(got[1], model(**inputs).logits[1]) <= 1 / 127
     if suffix == ".onnx":
-        held = onnx.load(path).graph.initializer
-        int8 = [i for i in held if i.data_type == onnx.TensorProto.INT8]
-        assert len(int8) == (0 if base == "dense" else 7)
-        assert all(np.prod(i.dims) >= 32 * 32 for i in int8)
+        assert int8_in(path) == 7
+
+
+def int8_in(path):
+    """How many weights, not scales or constants, the ONNX file holds as int8."""
+    held = onnx.load(path, load_external_data=False).graph.initializer
+    return sum(i.data_type == onnx.TensorProto.INT8 and len(i.dims) > 1 for i in held)
+
+
+def stacked(layer, k, rank, seed, kind=fa.LoRA):
+    """A layer as a model, and a bank for it."""
+    model = torch.nn.Sequential(layer).eval().requires_grad_(False)
+    method = kind(rank=rank, alpha=rank, targets=["0"])
+    return model, method, bank_of(model, method, k, seed)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_integers_are_multiplied_as_integers(tmp_path, suffix):
+    # Sums of 4096 products of two bytes have more bits than a float32 holds.
+    layer = dense(4096, 8)
+    quantize_(layer, CONFIGS["dynamic"])
+    model, method, bank = stacked(layer, 2, 2, 0)
+    path, at = tmp_path / f"graph{suffix}", {"input": {0: "batch"}}
+    x = torch.randn(4, 3, 4096, generator=torch.Generator().manual_seed(0))
+    export(model, method, path, bank=bank, inputs={"input": x[:2]}, dynamic=at)
+    got = run(path, torch.tensor([-1, 0, 1, -1]), {"input": x}, bank)
+    want = fa.bind_mixed(model, method)(bank, [-1, 0, 1, -1], x)
+    assert torch.equal(got[[0, 3]], want[[0, 3]])
+    assert error(got, want) <= 4 * torch.finfo(torch.float32).eps
+    if suffix == ".onnx":
+        assert "MatMulInteger" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+ROWS = [row for row in BASES if row.name in (
+    "int8-group-f32", "float8-row-f32", "int4-group-f32", "inc-f32", "aqlm-2x8-f32",
+)]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_every_base_of_float32_activations_is_an_onnx_graph_of_its_own_codes(tmp_path, row):
+    model, method, bank = stacked(row.layer(16, 8), 2, 2, 0)
+    path, at = tmp_path / "graph.onnx", {"input": {0: "batch", 1: "tokens"}}
+    x = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    export(model, method, path, bank=bank, inputs={"input": x[:2, :3]}, dynamic=at)
+    got = run(path, torch.tensor([0, -1, 1, 1]), {"input": x}, bank)
+    want = fa.bind_mixed(model, method)(bank, [0, -1, 1, 1], x)
+    assert error(got, want) <= 4 * torch.finfo(torch.float32).eps
+    held = onnx.load(path).graph.initializer
+    bytewide = (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN)
+    assert sum(i.data_type in bytewide and len(i.dims) > 1 for i in held) == 1
+    assert not any(list(i.dims) in ([8, 16], [16, 8]) for i in held if i.data_type == 1)
+
+
+def test_what_onnx_has_no_form_for_is_an_error_that_says_so(tmp_path):
+    row = next(row for row in BASES if row.name == "int4-dynamic-bf16")
+    model, method, bank = stacked(row.layer(16, 8), 2, 2, 0)
+    given = {"inputs": {"input": torch.ones(2, 16, dtype=row.dtype)}, "dynamic": BATCH}
+    with pytest.raises(fa.errors.ConfigError, match=r"Round.*bfloat16.*export it in float32"):
+        export(model, method, tmp_path / "g.onnx", bank=bank, **given)
+    assert not list(tmp_path.iterdir())
+
+
+BATCH = {"input": {0: "batch"}}
+MIXED = [
+    fa.LoRA(rank=2, alpha=3, targets=["0"]),
+    fa.LoRA(rank=5, targets=["0", "2"], rank_pattern={"2": 1}),
+    fa.OFT(block_size=8, targets=["2"], cayley="exact"),
+    fa.DoRA(rank=3, targets=["0", "2"]),
+]
+
+
+def kinds_of(methods, seed):
+    """A small model, and a bank of these adapters."""
+    model = torch.nn.Sequential(dense(8, 16), torch.nn.Tanh(), dense(16, 8)).eval()
+    g = torch.Generator().manual_seed(seed)
+    each = [randomized(fa.init(m, model, generator=g), seed + k) for k, m in enumerate(methods)]
+    bank, unit = fa.stack(each, methods=methods)
+    mixed = fa.bind_mixed(model, unit)
+    return model, unit, bank, mixed
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_several_methods_and_ranks_in_one_graph(tmp_path, suffix):
+    model, unit, bank, mixed = kinds_of(MIXED, 0)
+    path, x = tmp_path / f"graph{suffix}", torch.randn(9, 8, generator=torch.Generator())
+    given = {"inputs": {"input": x[:2]}, "dynamic": BATCH}
+    export(model, unit, path, bank=bank, **given)
+    bound = 16 * torch.finfo(torch.float32).eps
+    ids = torch.tensor([0, 3, -1, 2, 1, -1, 3, 0, 2])
+    assert error(run(path, ids, {"input": x}, mixed.prepare(bank)), mixed(bank, ids, x)) <= bound
+    # Other numbers of each kind, and other ranks.
+    _, _, other, others = kinds_of([*MIXED[1:2] * 3, *MIXED[2:3] * 2, *MIXED[3:] * 2], 5)
+    ids = torch.tensor([6, 0, -1, 3, 4, 2, 5, 1, -1])
+    got = run(path, ids, {"input": x}, others.prepare(other))
+    assert error(got, others(other, ids, x)) <= bound
+
+
+def test_kinds_in_turns_are_baked_or_refused(tmp_path):
+    model, unit, bank, mixed = kinds_of([MIXED[0], MIXED[2], MIXED[1]], 0)
+    path, x = tmp_path / "graph.onnx", torch.ones(4, 8)
+    given = {"inputs": {"input": x[:2]}, "dynamic": BATCH}
+    with pytest.raises(fa.errors.ConfigError, match="kinds in turns"):
+        export(model, unit, path, bank=bank, **given)
+    export(model, unit, path, bank=bank, bake=True, **given)  # its rotations are made once
+    ids = torch.tensor([2, 1, -1, 0])
+    got = run(path, ids, {"input": x}, None)
+    assert error(got, mixed(bank, ids, x)) <= 16 * torch.finfo(torch.float32).eps
+    check_export(path, model, unit, bank)
+
+
+def test_an_aoti_package_runs_another_bank(tmp_path):
+    model = torch.nn.Sequential(dense(16, 16), torch.nn.Tanh(), dense(16, 8)).eval()
+    quantize_(model[0], CONFIGS["int8"])
+    method, wide = (fa.LoRA(rank=r, alpha=r, targets=["0", "2"]) for r in (4, 6))
+    bank, other = bank_of(model, method, 3), bank_of(model, wide, 5, 7)
+    path, x = tmp_path / "graph.aoti.pt2", torch.randn(5, 16, generator=torch.Generator())
+    export(model, method, path, bank=bank, inputs={"input": x[:2]}, dynamic=BATCH)
+    call = torch._inductor.aoti_load_package(str(path))
+    mixed = fa.bind_mixed(model, wide)
+    for ids in (torch.tensor([4, -1, 0, 2, 2]), torch.tensor([1])):
+        got = call(ids, [x[: len(ids)]], tree_leaves(other))
+        want = mixed(other, ids, x[: len(ids)])
+        assert error(got, want) <= 8 * torch.finfo(torch.float32).eps
+    check_export(path, model, method)
+
+
+def test_external_data_and_opset(tmp_path, monkeypatch):
+    model, method, bank = stacked(dense(16, 8), 2, 2, 0)
+    path, x = tmp_path / "graph.onnx", torch.ones(3, 16)
+    given = {"bank": bank, "inputs": {"input": x[:2]}, "dynamic": BATCH}
+    data = tmp_path / "graph.onnx.data"
+    monkeypatch.setattr("fadapt.export_onnx.INLINE_BYTES", 4 * 16 * 8)  # the weight's, not more
+    export(model, method, path, **given, opset=18)
+    assert data.stat().st_size >= 4 * 16 * 8
+    assert onnx.load(path, load_external_data=False).opset_import[0].version == 18
+    ids = torch.tensor([1, -1, 0])
+    want = fa.bind_mixed(model, method)(bank, ids, x)
+    assert error(run(path, ids, {"input": x}, bank), want) <= 4 * torch.finfo(torch.float32).eps
+    check_export(path, model, method)
+    data.write_bytes(data.read_bytes()[::-1])
+    with pytest.raises(fa.errors.CheckpointError, match="stale: data"):
+        check_export(path, model, method)
+    export(model, method, path, **given, external_data=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.onnx", "graph.onnx.json"]
+    check_export(path, model, method)
 
 
 def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
@@ -117,6 +254,11 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
     want = fa.bind_mixed(model, method)(bank, ids, **tokens(3, 6)).logits
     got = run(path, ids, tokens(3, 6), None)
     assert error(got, want) <= 64 * torch.finfo(torch.float32).eps
+    program = torch.export.load(path)
+    held = [*program.state_dict.values(), *program.constants.values()]
+    # Each weight once, as plain tensors: no torchao is needed to load them.
+    assert {type(t) for t in held} <= {torch.Tensor, torch.nn.Parameter}
+    assert sum(t.dtype == torch.int8 for t in held) == 7
     check_export(path, model, method, bank)
     changed = bank_of(model, method, 3, seed=1)
     with pytest.raises(fa.errors.CheckpointError, match="stale: adapters changed"):
@@ -129,6 +271,10 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
         check_export(path, model, fa.LoRA(rank=2, alpha=5, targets=TARGETS), bank)
     about = json.loads((tmp_path / "graph.pt2.json").read_text())
     assert about["torch"] == torch.__version__
+    turned = llama("int8")
+    turned.config.rms_norm_eps = 1e-3
+    with pytest.raises(fa.errors.CheckpointError, match="stale: model changed"):
+        check_export(path, turned, method, bank)
     path.write_bytes(b"another")
     with pytest.raises(fa.errors.CheckpointError, match="stale: graph"):
         check_export(path, model, method, bank)
@@ -139,8 +285,20 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
 def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path):
     model, method = llama("dense"), fa.LoRA(rank=2, targets=TARGETS)
     bank = bank_of(model, method, 2)
-    with pytest.raises(fa.errors.ConfigError, match=r"expected one of \.pt2, \.onnx"):
+    with pytest.raises(fa.errors.ConfigError, match=r"expected one of \.aoti\.pt2, \.pt2"):
         export(model, method, tmp_path / "g.pt", bank=bank, inputs=tokens(2, 3), dynamic=AXES)
     with pytest.raises(fa.errors.ConfigError, match="at least 2"):
         export(model, method, tmp_path / "g.pt2", bank=bank, inputs=tokens(1, 3), dynamic=AXES)
+    more = {"bank": bank, "inputs": tokens(2, 3), "dynamic": AXES}
+    with pytest.raises(fa.errors.ConfigError, match=r"ONNX's, and g\.pt2 is \.pt2"):
+        export(model, method, tmp_path / "g.pt2", **more, opset=21)
+    with pytest.raises(fa.errors.ConfigError, match="kv_cache=True makes them itself"):
+        export(model, method, tmp_path / "g.pt2", **more, kv_cache=True)
+    with pytest.raises(fa.errors.ConfigError, match="there is no folder"):
+        export(model, method, tmp_path / "no" / "g.pt2", **more)
+    with pytest.raises(fa.errors.ConfigError, match=r"input_ids \[2, 3\] has no axis 2"):
+        export(model, method, tmp_path / "g.pt2", **more | {"dynamic": {"input_ids": {2: "a"}}})
+    named = fa.Bank.of(model, method).add("a", fa.unstack(bank)[0], method)
+    with pytest.raises(fa.errors.ConfigError, match=r"pass bank\.method"):
+        export(model, method, tmp_path / "g.pt2", **more | {"bank": named})
     assert not list(tmp_path.iterdir())

@@ -23,8 +23,12 @@ def decode(codes: Tensor, codebooks: Tensor) -> Tensor:
     """
     books, size, out_group, in_group = codebooks.shape
     out_groups, in_groups, _ = codes.shape
-    # embedding_bag sums the M vectors without storing them: twice as fast as a gather and a sum.
-    groups = F.embedding_bag(indices(codes, size), codebooks.reshape(books * size, -1), mode="sum")
+    index, vectors = indices(codes, size), codebooks.reshape(books * size, -1)
+    if torch.compiler.is_exporting():
+        groups = F.embedding(index, vectors).sum(-2)  # ONNX has no embedding_bag of several rows
+    else:
+        # Sums the M vectors without storing them: twice as fast as a gather and a sum.
+        groups = F.embedding_bag(index, vectors, mode="sum")
     grid = groups.view(out_groups, in_groups, out_group, in_group)
     return grid.transpose(1, 2).reshape(out_groups * out_group, in_groups * in_group)
 

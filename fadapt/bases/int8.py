@@ -106,7 +106,9 @@ class Int8:
             # torchao's scale is float32: the product stays so until the bias has been added.
             wide = x.to(torch.promote_types(x.dtype, self.scale.dtype))
             aux = _round_activation(x.detach(), self)
-            if torch.compiler.is_compiling():
+            if _exports_integers(x):
+                y = _dynamic(wide, static, *aux, *weight)
+            elif torch.compiler.is_compiling():
                 # What is compiled is differentiated through the body, and an integer product has
                 # no derivative: multiply the rounded activation, straight through the rounding.
                 rounded, scale, zero = aux
@@ -286,6 +288,16 @@ def _round_activation(x: Tensor, base: Int8) -> tuple[Tensor, Tensor, Tensor]:
     rounded = steps.clamp(kind.quant_min, kind.quant_max).to(torch.int8)
     rows = (*x.shape[:-1], 1)
     return rounded, scale.expand(rows), zero.to(torch.int8).expand(rows)
+
+
+def _exports_integers(x: Tensor) -> bool:
+    """Whether a graph is exported for inference: without gradients there is nothing to lose."""
+    return (
+        torch.compiler.is_exporting()
+        and not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and x.device.type == "cpu"  # elsewhere _int_mm takes some sizes alone
+    )
 
 
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,180 @@
+"""The KV cache in a graph: greedy tokens equal to those of fadapt.generate, in every format."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from cases import randomized
+from test_export import CONFIGS, loaded  # noqa: F401  a fixture
+from torch.utils._pytree import tree_leaves
+from torchao.quantization import quantize_
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+import fadapt as fa
+from fadapt import export
+from fadapt.export_manifest import read_manifest
+from fadapt.testing import assert_pure
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "initializer_range": 0.3,
+}
+NEW = 6
+LORA, OFT = fa.LoRA(rank=4, targets=["q_proj", "up_proj"]), fa.OFT(block_size=8, targets=["o_proj"])
+
+
+def lm(kind, config, base):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(config).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    if CONFIGS[base] is not None:
+        quantize_(model.model, CONFIGS[base])
+    return model
+
+
+def bank_of(model, names, rank, seed):
+    """LoRAs of ragged ranks, and an OFT."""
+    g = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for k, name in enumerate(names):
+        ragged = fa.LoRA(rank=max(1, rank - k % 2), targets=["up_proj", "q_proj"][k % 2 :])
+        method = OFT if name.startswith("oft") else ragged
+        adapters[name] = randomized(fa.init(method, model, generator=g), seed + k), method
+    return fa.Bank.holding(model, adapters)
+
+
+def prompts():
+    mask = torch.ones(4, 5, dtype=torch.int64)
+    mask[1, :3] = mask[2, :1] = 0
+    g = torch.Generator().manual_seed(1)
+    return {
+        "input_ids": torch.randint(1, 64, mask.shape, generator=g) * mask,
+        "attention_mask": mask,
+    }
+
+
+def load(path):
+    """``call(named inputs)`` of a file; the names are the manifest's."""
+    about = read_manifest(path)
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        assert [i.name for i in session.get_inputs()] == about["inputs"]
+        assert [o.name for o in session.get_outputs()] == about["outputs"]
+        return lambda given: [
+            torch.from_numpy(t) for t in session.run(None, {n: t.numpy() for n, t in given.items()})
+        ]
+    module = torch.export.load(path).module()
+    banks = sum(name.startswith("bank_") for name in about["inputs"])
+
+    def call(given):
+        ids, *rest = (given[name] for name in about["inputs"])
+        split = len(rest) - banks
+        return module(ids, rest[:split], rest[split:])
+
+    return call
+
+
+def greedy(call, ids, inputs, leaves, past):
+    """One call for the prompt, and one a token, by the cache alone."""
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    given = {"ids": ids} | {f"bank_{k}": leaf.contiguous() for k, leaf in enumerate(leaves)}
+    found = []
+    for _ in range(NEW):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :].contiguous()
+        step = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        logits, *present = call(given | step | past)
+        past = dict(zip(past, present, strict=True))
+        tokens = logits[:, -1].argmax(-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(tokens)], -1)
+        found.append(tokens)
+    return torch.cat(found, -1)
+
+
+def empty_past(model, rows):
+    config = model.config
+    shape = (rows, config.num_key_value_heads, 0, config.hidden_size // config.num_attention_heads)
+    names = [f"past_key_values.{n}.{p}" for n in range(2) for p in ("key", "value")]
+    return {name: torch.zeros(shape) for name in names}
+
+
+def check(model, path, names, bank, inputs):
+    want = fa.generate(model, bank, names, **inputs, max_new_tokens=NEW, do_sample=False)
+    ids, leaves = torch.tensor(bank.ids(names)), tree_leaves(bank.params)
+    got = greedy(load(path), ids, inputs, leaves, empty_past(model, len(names)))
+    assert torch.equal(got, want[:, -NEW:])
+    return got
+
+
+@pytest.mark.parametrize(
+    ("base", "suffix"), [("dense", ".onnx"), ("int8", ".onnx"), ("int8", ".pt2")]
+)
+def test_greedy_tokens_are_those_of_generate(tmp_path, base, suffix):
+    model = lm(LlamaForCausalLM, LlamaConfig(**SIZES), base)
+    bank = bank_of(model, ["a", "b", "oft"], 3, 0)
+    path = tmp_path / f"graph{suffix}"
+    assert_pure(
+        lambda: export(model, bank.method, path, bank=bank, kv_cache=True), model, bank.params
+    )
+    first = check(model, path, ["b", "base", "oft", "a"], bank, prompts())
+    bare = check(model, path, ["base"] * 4, bank, prompts())
+    assert [torch.equal(a, b) for a, b in zip(first, bare, strict=True)] == [
+        False, True, False, False,
+    ]  # fmt: skip
+    # Other adapters, of other numbers and ranks; one adapter of rank 1; one prompt.
+    other = bank_of(model, ["c", "d", "e", "f", "oft1", "oft2"], 6, 20)
+    check(model, path, ["f", "oft2", "base", "c"], other, prompts())
+    one = bank_of(model, ["x", "oft"], 1, 40)
+    check(model, path, ["x"], one, {name: t[:1] for name, t in prompts().items()})
+    about = read_manifest(path)
+    assert about["ids"] == {"base": -1, "a": 0, "b": 1, "oft": 2}
+    assert about["outputs"][:3] == ["logits", "present.0.key", "present.0.value"]
+    if suffix == ".onnx":
+        graph = onnx.load(path).graph
+        past = next(i for i in graph.input if i.name == "past_key_values.1.value")
+        dims = [d.dim_param or d.dim_value for d in past.type.tensor_type.shape.dim]
+        assert dims == ["batch", 1, "past", 16]
+        int8 = [i for i in graph.initializer if i.data_type == onnx.TensorProto.INT8]
+        assert len(int8) == (0 if base == "dense" else 14)
+        assert all(np.prod(i.dims) >= 16 * 32 for i in int8)
+
+
+def test_a_window_of_attention_is_in_the_mask_and_every_token_in_the_cache(tmp_path):
+    config = MistralConfig(**SIZES, sliding_window=4)
+    model = lm(MistralForCausalLM, config, "dense")
+    bank, path = bank_of(model, ["a"], 2, 0), tmp_path / "graph.pt2"
+    export(model, bank.method, path, bank=bank, kv_cache=True, bake=True)
+    names = ["a", "base", "a", "a"]
+    want = fa.generate(model, bank, names, **prompts(), max_new_tokens=NEW, do_sample=False)
+    ids = torch.tensor(bank.ids(names))
+    got = greedy(load(path), ids, prompts(), [], empty_past(model, 4))
+    assert torch.equal(got, want[:, -NEW:])
+
+
+def test_what_has_no_such_cache_is_refused(tmp_path):
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=32, state_size=4)
+    mamba = lm(MambaForCausalLM, config, "dense")
+    method = fa.LoRA(rank=2, targets=["in_proj"])
+    bank = fa.stack([fa.init(method, mamba, generator=torch.Generator().manual_seed(0))])
+    with pytest.raises(fa.errors.ConfigError, match=r"MambaForCausalLM keeps LinearAttentionLayer"):
+        export(mamba, method, tmp_path / "g.pt2", bank=bank, kv_cache=True)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    bank = fa.stack([fa.init(fa.LoRA(), plain, generator=torch.Generator().manual_seed(0))])
+    with pytest.raises(fa.errors.ConfigError, match="no causal LM"):
+        export(plain, fa.LoRA(), tmp_path / "g.pt2", bank=bank, kv_cache=True)
+    assert not list(tmp_path.iterdir())
