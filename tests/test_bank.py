@@ -174,7 +174,7 @@ def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
     # "0" is the end of "1.0"
     methods = {
         "a": fa.LoRA(rank=3, alpha=2, targets=r"1\.0"),
-        "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True),
+        "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True, lora_bias=True),
         "c": fa.OFT(block_size=4, targets="0"),
         "d": fa.DoRA(rank=2),
         "e": fa.OFT(block_size=4, targets="0", dropout=0.1),

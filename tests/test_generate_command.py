@@ -108,20 +108,24 @@ def test_samples_follow_the_seed(given, capsys):
     assert sum(a["tokens"] != b["tokens"] for a, b in zip(zero, other, strict=True)) > 4
 
 
-def test_each_batch_is_told_as_it_ends_and_the_rest_goes_to_stderr(given, capsys, monkeypatch):
-    told = []
+def test_each_batch_is_told_as_it_ends_and_the_rest_goes_to_stderr(
+    given, capsys, monkeypatch, tmp_path
+):
+    out, told = tmp_path / "out", []
 
     def watched(*args, **kwargs):
-        told.append(len(capsys.readouterr().out.splitlines()))
+        told.append(len(out.read_text().splitlines()))
         return fa.generate(*args, **kwargs)
 
     monkeypatch.setattr(generate_prompts, "generate", watched)
-    assert cli.main([*given[0], "--batch-size", "3"]) == 0
-    last = capsys.readouterr()
-    assert told == [0, 3, 3]
-    assert len(last.out.splitlines()) == 2
-    assert "8/8" in last.err
-    assert "8 prompts, 5 adapters: " in last.err
+    with out.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert cli.main([*given[0], "--batch-size", "3"]) == 0
+    assert told == [0, 3, 6]
+    assert len(out.read_text().splitlines()) == 8
+    err = capsys.readouterr().err
+    assert "8/8" in err
+    assert "8 prompts, 5 adapters: " in err
 
 
 def test_the_shipped_model_from_the_shell_and_tabs(tmp_path):

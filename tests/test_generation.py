@@ -216,6 +216,10 @@ def test_an_encoder_sees_each_prompt_once_and_its_decoder_every_beam(options):
         seed = {"seed": [i + 1]} if seeds else {}
         alone = fa.generate(model, bank, [names[i]], **one, max_new_tokens=5, **options, **seed)
         assert equal(out[each * i : each * (i + 1)], alone)
+        if names[i] != "base" and not seeds:
+            worn = fa.merged_model(model, *given[names[i]])
+            want = worn.generate(**one, max_new_tokens=5, do_sample=False, **options)
+            assert equal(alone, want)
     bare = fa.generate(model, bank, ["base"] * 4, **inputs, max_new_tokens=5, **options, **seeds)
     assert not equal(bare, out)
     assert equal(bare[each : 2 * each], out[each : 2 * each])
