@@ -1,4 +1,4 @@
-"""An adapter trained here is served by other engines, from its folder as it is.
+"""An adapter trained here is served by other engines: its folder by vLLM, a graph by ONNX Runtime.
 
 vLLM: its rules as of 0.32, read from ``vllm/lora/peft_helper.py`` (options, scaling), ``utils.py``
 (keys) and ``lora_model.py`` (files, layers) beside it, and ``vllm/config/lora.py`` (ranks). vLLM
@@ -11,6 +11,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from fadapt.models import SHIPPED, load_model
 
 # Linear layers of vLLM's Llama; qkv_proj and gate_up_proj take the parts that they are packed of.
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 LARGEST = 16  # vLLM's default for max_lora_rank
 SERVED = {
     "lora": fa.LoRA(rank=4, alpha=8, targets=["q_proj", "v_proj"]),
@@ -156,6 +158,46 @@ def test_what_vllm_does_not_take_has_another_way(lm, tmp_path, name):
         assert close(merged(TOKENS).logits, want)
 
 
+def lines_of(done):
+    """The JSON lines of a process's output, in which there may be others."""
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr[-2000:]
+    return lines
+
+
+def bare(environment):
+    """Without what points to fadapt."""
+    return {name: value for name, value in environment.items() if name != "PYTHONPATH"}
+
+
+# ONNX's exporter and its optimiser, about themselves.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("base", ["dense", "int8"])
+def test_onnx_runtime_alone_gives_the_tokens_that_fadapt_generate_gives(lm, tmp_path, capsys, base):
+    model, flags = LlamaForCausalLM.from_pretrained(lm).eval(), ["--model", str(lm)]
+    flags += ["--base", base]
+    worn = {"lora": SERVED["patterns"], "dora": REFUSED["dora"][0], "oft": REFUSED["oft"][0]}
+    for k, (name, method) in enumerate(worn.items()):
+        fa.save_peft(tmp_path / name, adapter(method, model, k), method, model)
+        flags += ["--adapter", f"{name}={tmp_path / name}"]
+    texts = ("import", "def read(self, path):", "<p>The")
+    prompts = [json.dumps({"adapter": n, "prompt": t}) for t in texts for n in ("base", *worn)]
+    file, graph = tmp_path / "p.jsonl", tmp_path / "graph.onnx"
+    file.write_text("\n".join(prompts))
+    assert cli.main(["export", *flags, "--kv-cache", "--out", str(graph)]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", *flags, "--prompts", str(file), "--max-new-tokens", "7"]) == 0
+    ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    command = [sys.executable, SCRIPTS / "serve_onnx.py", graph, lm, file]
+    done = subprocess.run(
+        command, env=bare(os.environ), capture_output=True, text=True, check=False
+    )
+    keys = ("adapter", "prompt", "text", "tokens")
+    theirs = [tuple(line[key] for key in keys) for line in lines_of(done)]
+    assert theirs == [tuple(line[key] for key in keys) for line in ours]
+    assert len({tuple(line["tokens"]) for line in ours}) > 6  # the base has three
+
+
 @pytest.mark.skipif(
     "FADAPT_TEST_VLLM" not in os.environ, reason="FADAPT_TEST_VLLM names no Python with vLLM"
 )
@@ -176,17 +218,16 @@ def test_vllm_itself_gives_each_prompt_the_tokens_that_fadapt_generate_gives(tmp
     given = ["--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "7"]
     assert cli.main(["generate", *flags, *given]) == 0
     ours = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    script = Path(__file__).parent.parent / "benchmarks" / "serve_vllm.py"
+    command = [SCRIPTS / "serve_vllm.py", SHIPPED / "model", tmp_path / "p.jsonl", *words]
     done = subprocess.run(
-        [os.environ["FADAPT_TEST_VLLM"], script, SHIPPED / "model", tmp_path / "p.jsonl", *words],
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+        [os.environ["FADAPT_TEST_VLLM"], *command],
+        env=bare(os.environ) | {"VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(theirs) == len(ours) == 12, done.stderr[-2000:]
+    theirs = lines_of(done)
+    assert len(theirs) == len(ours) == 12
     for one, other in zip(ours, theirs, strict=True):
         assert (one["adapter"], one["prompt"]) == (other["adapter"], other["prompt"])
         assert one["tokens"] == other["tokens"]
