@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -131,35 +131,32 @@ class Shelf:
 def rooms_for(adapters: Iterable[tuple[Mapping[str, Any], Any]]) -> list[tuple[Any, int]]:
     """The methods that a bank for these adapters is made with, and how many each is for.
 
-    LoRA adapters share one, those with learned biases another: at each layer the largest of their
-    ranks. Others share one if they agree in every hyperparameter and adapt the same layers.
+    All LoRA adapters share one: at each layer the largest of their ranks. Others share one if they
+    agree in every hyperparameter and adapt the same layers.
     """
-    loras: dict[bool, list[dict[str, int]]] = {}
+    ranks: dict[str, int] = {}
+    loras, bias = 0, False
     others: dict[Any, int] = {}
     for params, method in adapters:
         layers = {path: leaf for path, leaf in params.items() if hasattr(leaf, "_fields")}
-        if _is_lora(method):
-            ranks = {path: len(leaf[0]) for path, leaf in layers.items()}
-            loras.setdefault(method.lora_bias, []).append(ranks)
-        else:
+        if not _is_lora(method):
             free = {f.name: f.default for f in fields(method) if f.name in _FREE}
             free |= {"targets": exact_pattern(sorted(layers)), "modules_to_save": ()}
             room = replace(method, **free)
             others[room] = others.get(room, 0) + 1
-    # Without biases first: an adapter goes to the first room that takes it.
-    rooms = [(_lora_room(loras[bias], bias), len(loras[bias])) for bias in sorted(loras)]
-    return [*rooms, *others.items()]
-
-
-def _lora_room(each: Sequence[Mapping[str, int]], bias: bool) -> LoRA:
-    ranks: dict[str, int] = {}
-    for one in each:
-        for path, rank in one.items():
-            ranks[path] = max(ranks.get(path, 0), rank)
-    # The longest first: a shorter path may be the end of a longer one.
-    pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
-    widest = max(ranks.values(), default=1)
-    return LoRA(widest, targets=exact_pattern(ranks), rank_pattern=pattern, lora_bias=bias)
+            continue
+        loras += 1
+        for path, leaf in layers.items():
+            ranks[path] = max(ranks.get(path, 0), leaf.lora_A.shape[0])
+            bias = bias or hasattr(leaf, "lora_bias")
+    found = list(others.items())
+    if ranks:
+        # The longest first: a shorter path may be the end of a longer one.
+        pattern = {re.escape(p): ranks[p] for p in sorted(ranks, key=len, reverse=True)}
+        widest, targets = max(ranks.values()), exact_pattern(ranks)
+        room = LoRA(widest, targets=targets, rank_pattern=pattern, lora_bias=bias)
+        found.insert(0, (room, loras))
+    return found
 
 
 def shelf_of(method: Any, model: nn.Module) -> Shelf:

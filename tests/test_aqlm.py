@@ -7,6 +7,7 @@ from aqlm_layers import quantized, used
 from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fadapt as fa
 from fadapt.bases.aqlm import Aqlm, aqlm_layer
@@ -131,6 +132,14 @@ def test_backward_saves_the_codes_alone():
     assert sum(saved.values()) == sum(
         t.untyped_storage().nbytes() for t in (base.codes, base.codebooks, base.scales)
     )
+
+
+def test_a_tracer_sees_the_product():
+    base = fa.base_of(quantized())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    traced = make_fx(lambda x: base.linear(x))(x)
+    # Sums of 64 float32 products, in another order.
+    torch.testing.assert_close(traced(2 * x), base.linear(2 * x), rtol=1e-5, atol=1e-5)
 
 
 def test_rows():

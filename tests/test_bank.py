@@ -174,7 +174,7 @@ def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
     # "0" is the end of "1.0"
     methods = {
         "a": fa.LoRA(rank=3, alpha=2, targets=r"1\.0"),
-        "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True),
+        "b": fa.LoRA(rank=1, rank_pattern={r"1\.0": 2}, rslora=True, lora_bias=True),
         "c": fa.OFT(block_size=4, targets="0"),
         "d": fa.DoRA(rank=2),
         "e": fa.OFT(block_size=4, targets="0", dropout=0.1),
@@ -194,24 +194,6 @@ def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
     saved = fa.LoRA(targets=["0"], modules_to_save=["1"])
     with pytest.raises(fa.errors.AdapterError, match=r"'x' does not fit .* saved whole"):
         fa.Bank.holding(model, {"x": (make(model, saved, 0), saved)})
-
-
-def test_an_embedding_s_adapter_beside_one_with_learned_biases():
-    model = nn.Sequential(nn.Embedding(20, N_IN), dense(N_IN, 8)).to(DEVICE)
-    methods = {
-        "bias": fa.LoRA(rank=3, targets=["1"], lora_bias=True),
-        "all": fa.LoRA(rank=4, targets=["0", "1"]),
-        "tokens": fa.LoRA(rank=2, alpha=5, targets=["0"]),
-    }
-    adapters = {n: make(model, m, i) for i, (n, m) in enumerate(methods.items())}
-    bank = fa.Bank.holding(model, {n: (adapters[n], methods[n]) for n in methods})
-    names = ["tokens", "base", "bias", "all"]
-    x = torch.arange(12, device=DEVICE).reshape(4, 3)
-    y = fa.bind_mixed(model, bank.method)(bank.params, bank.ids(names), x)
-    for i, name in enumerate(names):
-        worn = None if name == "base" else adapters[name]
-        alone = fa.bind(model, methods.get(name, methods["all"]))(worn, x[i : i + 1])
-        assert error(y[i : i + 1], alone.detach()) <= 8 * EPS
 
 
 def test_several_methods_and_prepared_once():

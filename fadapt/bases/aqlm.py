@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from aqlm import QuantizedLinear
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.aqlm_codes import decode, read_codes
@@ -169,6 +170,11 @@ def _each_row(scales: Tensor, out_group: int) -> Tensor:
 
 
 def _multiply(x: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    if x.is_cuda and not torch.compiler.is_compiling():
+        from fadapt.kernels import aqlm_gpu
+
+        if aqlm_gpu.usable(x, codes, codebooks):
+            return aqlm_gpu.multiply(x, codes, codebooks, scales)
     y = _fast(x, codes, codebooks, transposed=False)
     if y is None:
         rows = x.to(gemm_dtype(x))
@@ -179,6 +185,11 @@ def _multiply(x: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales:
 def _transposed(
     g: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales: Tensor
 ) -> Tensor:
+    if g.is_cuda and not torch.compiler.is_compiling():
+        from fadapt.kernels import aqlm_gpu
+
+        if aqlm_gpu.usable(g, codes, codebooks):
+            return aqlm_gpu.multiply_transposed(g, codes, codebooks, scales)
     rows = g.to(gemm_dtype(g))
     rows = rows * _each_row(scales.to(rows.dtype), codebooks.shape[2])
     y = _fast(rows, codes, codebooks, transposed=True)
@@ -191,8 +202,8 @@ def _fast(x: Tensor, codes: Tensor, codebooks: Tensor, transposed: bool) -> Tens
     """The product by the loops for CPUs, in float32; None where they do not apply."""
     if x.device.type != "cpu" or x.dtype == torch.float64:
         return None
-    if torch.compiler.is_compiling() or is_batched(x):
-        return None
+    if torch.compiler.is_compiling() or is_batched(x) or is_in_torch_dispatch_mode():
+        return None  # make_fx would keep what a loop returns as a constant
     from fadapt.kernels import aqlm_cpu
 
     rows = x.detach().float().reshape(-1, x.shape[-1])

@@ -47,6 +47,15 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.to(compute) * scale.to(compute)).to(dtype)
 
 
+def _weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    if codes.is_cuda and not torch.compiler.is_compiling():
+        from fadapt.kernels import scaled_gpu
+
+        if scaled_gpu.usable(codes, scale, None, dtype):
+            return scaled_gpu.dequantize(codes, scale, None, dtype)
+    return dequantize(codes, scale, dtype)
+
+
 def grid(scale: Tensor, kind: torch.dtype, limit: float) -> Grid:
     """The grid of float8 codes; a fresh scale is amax / limit."""
     return Grid(scale, None, kind, -limit, limit, limit)
@@ -111,13 +120,13 @@ def rounded_product(
 
 def _multiply(x: Tensor, static: Format, codes: Tensor, scale: Tensor) -> Tensor:
     compute = x.dtype if static.native else gemm_dtype(x)
-    weight = dequantize(codes, scale, static.dtype).to(compute)
+    weight = _weight(codes, scale, static.dtype).to(compute)
     return (x.to(compute) @ weight.mT).to(static.result)
 
 
 def _transposed(g: Tensor, static: Format, codes: Tensor, scale: Tensor) -> Tensor:
     compute = gemm_dtype(g)
-    weight = dequantize(codes, scale, static.dtype).to(compute)
+    weight = _weight(codes, scale, static.dtype).to(compute)
     return (g.to(compute) @ weight).to(static.result)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchao.quantization import Int8Tensor, PerRow
 from torchao.quantization.quant_primitives import MappingType
@@ -214,12 +215,24 @@ def _dequantize(
     return (blocks * scale.unsqueeze(-1)).to(dtype).reshape(qdata.shape)
 
 
+def scaled(
+    qdata: Tensor, scale: Tensor | None, zero_point: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What a product multiplies by: W, or without a scale the codes, in one pass on a GPU."""
+    if qdata.is_cuda and not torch.compiler.is_compiling():
+        from fadapt.kernels import scaled_gpu
+
+        if scaled_gpu.usable(qdata, scale, zero_point, dtype):
+            return scaled_gpu.dequantize(qdata, scale, zero_point, dtype)
+    return qdata.to(dtype) if scale is None else _dequantize(qdata, scale, zero_point, dtype)
+
+
 def _multiply(
     x: Tensor, static: _Format, qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None
 ) -> Tensor:
     compute = gemm_dtype(x)
     if static.per_group or zero_point is not None:
-        weight = _dequantize(qdata, scale, zero_point, static.dtype)
+        weight = scaled(qdata, scale, zero_point, static.dtype)
         return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
     return _product(x.to(compute), qdata, 0).mul_(scale.to(compute).flatten()).to(x.dtype)
 
@@ -229,7 +242,7 @@ def _transposed(
 ) -> Tensor:
     compute = gemm_dtype(g)
     if static.per_group or zero_point is not None:
-        weight = _dequantize(qdata, scale, zero_point, static.dtype)
+        weight = scaled(qdata, scale, zero_point, static.dtype)
         return (g.to(compute) @ weight.to(compute)).to(g.dtype)
     return _product(g.to(compute) * scale.to(compute).flatten(), qdata, 1).to(g.dtype)
 
@@ -248,7 +261,7 @@ def _product(x: Tensor, qdata: Tensor, dim: int) -> Tensor:
         limit = 2**20 if rows.shape[0] < 64 else 2**24
         whole = qdata.numel() * x.element_size() <= 2 * limit
     if whole:
-        weight = qdata.to(x.dtype)
+        weight = scaled(qdata, None, None, x.dtype)
         return x @ (weight.mT if dim == 0 else weight)
     blocks = qdata.split(max(32, limit // (qdata.shape[1 - dim] * rows.element_size())), dim)
     buffer = torch.empty_like(blocks[0], dtype=rows.dtype, memory_format=torch.contiguous_format)
@@ -303,9 +316,11 @@ def _exports_integers(x: Tensor) -> bool:
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """int8 ``a [m, k]`` times int8 ``b [n, k]`` transposed, exactly, as int32 or float64."""
     m, k, n = a.shape[0], a.shape[1], b.shape[0]
-    usable = a.device.type == "cpu" or (m > 16 and k % 8 == 0 and n % 8 == 0)
+    usable = a.device.type == "cpu" or (k % 8 == 0 and n % 8 == 0)
     if usable and not is_batched(a):
-        return torch._int_mm(a.contiguous(), b.t())
+        if a.device.type == "cpu" or m > 16:
+            return torch._int_mm(a.contiguous(), b.t())
+        return torch._int_mm(F.pad(a, (0, 0, 0, 32 - m)), b.t())[:m]  # cuBLAS: 17 rows or more
     return a.double() @ b.double().t()  # exact too: |sum| < 2**53
 
 

@@ -15,7 +15,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.dense import check_weight_shape
 from fadapt.bases.grid import Grid, requantize
-from fadapt.bases.int8 import _dequantize
+from fadapt.bases.int8 import _dequantize, scaled
 from fadapt.bases.op import FrozenLinear
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import Base, register_weight
@@ -146,13 +146,13 @@ def empty_intx(like: Base, bits: int, group: int) -> Intx:
 
 
 def _multiply(x: Tensor, dtype: torch.dtype, qdata: Tensor, *scales: Tensor) -> Tensor:
-    weight = _dequantize(qdata, scales[0], scales[1] if len(scales) > 1 else None, dtype)
+    weight = scaled(qdata, scales[0], scales[1] if len(scales) > 1 else None, dtype)
     compute = gemm_dtype(x)
     return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
 
 
 def _transposed(g: Tensor, dtype: torch.dtype, qdata: Tensor, *scales: Tensor) -> Tensor:
-    weight = _dequantize(qdata, scales[0], scales[1] if len(scales) > 1 else None, dtype)
+    weight = scaled(qdata, scales[0], scales[1] if len(scales) > 1 else None, dtype)
     compute = gemm_dtype(g)
     return (g.to(compute) @ weight.to(compute)).to(g.dtype)
 
