@@ -1,7 +1,12 @@
-"""Every base beside its vendor's own layer on a CPU: forward, forward + backward, and 16 adapters
-under ``vmap`` beside 16 calls (LoRA, rank 16).
+"""Every base beside its vendor's own layer: forward, forward + backward, and 16 adapters under
+``vmap`` beside 16 calls (LoRA, rank 16).
 
-    python benchmarks/bases.py                  # 1024 x 1024, 64 rows
+    python benchmarks/bases.py                  # 1024 x 1024, 64 rows, on a CPU
+    python benchmarks/bases.py --device cuda --dtype bfloat16 --width 4096 --rows 1 64 512
+    python benchmarks/bases.py --device cuda --dtype bfloat16 --width 4096 --graph
+
+In eager mode a GPU mostly waits for Python, and timings are Python's; with ``--graph`` each side is
+replayed as a CUDA graph, and timings are the GPU's.
 """
 
 import argparse
@@ -30,42 +35,45 @@ import fadapt as fa
 K = 16
 
 
-def dense(width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+def dense(width: int, dtype: torch.dtype, device: str) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Linear(width, width).to(dtype).requires_grad_(False)
+    return nn.Linear(width, width).to(device, dtype).requires_grad_(False)
 
 
-def torchao(config: object) -> Callable[[int], nn.Module]:
-    def make(width: int) -> nn.Module:
-        layer = dense(width)
+def torchao(config: object) -> Callable[[int, torch.dtype, str], nn.Module]:
+    def make(width: int, dtype: torch.dtype, device: str) -> nn.Module:
+        layer = dense(width, dtype, device)
         quantize_(layer, config)
         return layer
 
     return make
 
 
-def inc(width: int) -> nn.Module:
+def inc(width: int, dtype: torch.dtype, device: str) -> nn.Module:
     from neural_compressor.torch.quantization import FP8Config, convert, prepare
 
     with tempfile.TemporaryDirectory() as folder:
         config = FP8Config(
             use_qdq=True,
             scale_method="act_maxabs_pow2_weights_pcs_maxabs_pow2",
-            hp_dtype="fp32",
+            hp_dtype={torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype],
             observer="maxabs",
             dump_stats_path=f"{folder}/stats",
         )
-        model = prepare(nn.Sequential(dense(width)), config)
+        model = prepare(nn.Sequential(dense(width, dtype, device)), config)
         with torch.no_grad():
-            model(torch.randn(64, width))
+            model(torch.randn(64, width, dtype=dtype))
         return convert(model)[0]
 
 
-def aqlm(width: int) -> nn.Module:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    from aqlm_layers import quantized
+def aqlm(*fmt: int) -> Callable[[int, torch.dtype, str], nn.Module]:
+    def make(width: int, dtype: torch.dtype, device: str) -> nn.Module:
+        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+        from aqlm_layers import quantized
 
-    return quantized((1, 16, 8, 1), width, width)
+        return quantized(fmt, width, width, dtype).to(device)
+
+    return make
 
 
 BASES = {
@@ -75,7 +83,8 @@ BASES = {
     "float8": torchao(Float8WeightOnlyConfig()),
     "int4 group 32": torchao(IntxWeightOnlyConfig(torch.int4, PerGroup(32))),
     "inc fp8": inc,
-    "aqlm 1x16": aqlm,
+    "aqlm 1x16": aqlm(1, 16, 8, 1),
+    "aqlm 2x8": aqlm(2, 8, 8, 1),
 }
 
 
@@ -95,46 +104,78 @@ def refused(step: Callable[[], object]) -> bool:
     return False
 
 
+def graphed(run: Callable[[], object]) -> Callable[[], object]:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def measure(
+    layer: nn.Module, x: Tensor, device: str, seconds: float, graph: bool
+) -> dict[str, float]:
+    """The seconds of each side; a vendor's that raises has none."""
+    base = fa.base_of(layer)
+    method = fa.LoRA(rank=16, init="gaussian")
+    g = torch.Generator().manual_seed(0)
+    adapters = [fa.init(method, layer, generator=g) for _ in range(K)]
+    many, forward = fa.stack(adapters), fa.bind(layer, method)
+    mapped = vmap(forward, in_dims=(0, None))
+
+    def timed(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
+        sides = {name: run for name, run in sides.items() if not refused(run)}
+        if graph:
+            sides = {name: graphed(run) for name, run in sides.items()}
+        return medians(sides, device, seconds)
+
+    with torch.no_grad():
+        t = timed(
+            {
+                "ours": lambda: base.linear(x),
+                "theirs": lambda: layer(x),
+                "vmap": lambda: mapped(many, x),
+                "calls": lambda: [forward(p, x) for p in adapters],
+            }
+        )
+    return t | timed({"ours both": both(base.linear, x), "theirs both": both(layer, x)})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, nargs="+", default=[64])
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each side of a ratio")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(machine("cpu"))
-    print(f"{args.width} x {args.width}, {args.rows} rows, float32; vendor's time over ours")
-    print(f"{'base':<16} {'forward':>10} {'+ backward':>12} {'16 calls / vmap':>16}")
-    x = torch.randn(args.rows, args.width)
-    for name, make in BASES.items():
-        layer = make(args.width)
-        base = fa.base_of(layer)
-        sides: dict[str, Callable[[], object]] = {
-            "ours": lambda b=base: b.linear(x),
-            "theirs": lambda layer=layer: layer(x),
-            "ours both": both(base.linear, x),
-        }
-        fails = refused(both(layer, x))
-        if not fails:
-            sides["theirs both"] = both(layer, x)
-        method = fa.LoRA(rank=16, init="gaussian")
-        g = torch.Generator().manual_seed(0)
-        adapters = [fa.init(method, layer, generator=g) for _ in range(K)]
-        many, forward = fa.stack(adapters), fa.bind(layer, method)
-        mapped = vmap(forward, in_dims=(0, None))
-        sides["vmap"] = lambda f=mapped, m=many: f(m, x)
-        sides["calls"] = lambda f=forward, a=adapters: [f(p, x) for p in a]
-        with torch.no_grad():
-            inference = {k: v for k, v in sides.items() if "both" not in k}
-            t = medians(inference, "cpu", args.seconds)
-        t |= medians({k: v for k, v in sides.items() if "both" in k}, "cpu", args.seconds)
-        backward = "it raises" if fails else f"{t['theirs both'] / t['ours both']:.2f}x"
-        print(
-            f"{name:<16} {t['theirs'] / t['ours']:>9.2f}x {backward:>12} "
-            f"{t['calls'] / t['vmap']:>15.2f}x",
-            flush=True,
-        )
+    dtype = getattr(torch, args.dtype)
+    print(machine(args.device))
+    print(f"{args.width} x {args.width}, {args.dtype}; ours in ms, and the vendor's time over ours")
+    print(f"{'base':<16} {'rows':>5} {'forward':>17} {'+ backward':>17} {'16 calls / vmap':>16}")
+    for name in args.bases:
+        if name == "inc fp8" and args.device != "cpu":  # INC's layer runs on CPUs and Gaudi alone
+            continue
+        layer = BASES[name](args.width, dtype, args.device)
+        for rows in args.rows:
+            x = torch.randn(rows, args.width, dtype=dtype, device=args.device)
+            t = measure(layer, x, args.device, args.seconds, args.graph)
+            cells = [
+                f"{1e3 * t[ours]:>8.3f} "
+                + (f"{t[theirs] / t[ours]:>7.2f}x" if theirs in t else "raises".rjust(8))
+                for ours, theirs in (("ours", "theirs"), ("ours both", "theirs both"))
+            ]
+            print(
+                f"{name:<16} {rows:>5} {cells[0]} {cells[1]} {t['calls'] / t['vmap']:>15.2f}x",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
