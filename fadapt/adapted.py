@@ -26,11 +26,13 @@ class Adapted:
         base: the frozen layer, some rows of it.
         steps: in the order in which they are merged.
         start: which row of the whole layer is ``base``'s first.
+        trained: a bias ``[out]`` in place of the base's own; None if there is none.
     """
 
     base: Any
     steps: tuple[Step, ...] = ()
     start: int = 0
+    trained: Tensor | None = None
 
     @property
     def in_features(self) -> int:
@@ -60,7 +62,7 @@ class Adapted:
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, the steps' own added; or None."""
-        bias: Tensor | None = self.base.bias
+        bias: Tensor | None = self.base.bias if self.trained is None else self.trained
         for method, params in self.steps:
             bias = method.merge_bias(bias, params)
         return bias
@@ -77,7 +79,8 @@ class Adapted:
     def rows(self, rows: slice) -> "Adapted":
         """Some of the rows."""
         start, _, _ = rows.indices(self.out_features)
-        return replace(self, base=self.base.rows(rows), start=self.start + start)
+        bias = None if self.trained is None else self.trained[rows]
+        return replace(self, base=self.base.rows(rows), start=self.start + start, trained=bias)
 
     def then(self, method: Any, params: Any, path: str) -> "Adapted":
         """With one more adapter, checked and prepared on the weight so far."""

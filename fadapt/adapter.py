@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.errors import AdapterError
-from fadapt.functional import join, layers_of, read, saved_modules
+from fadapt.functional import join, layers_of, read, saved_modules, trained_biases
 from fadapt.method import Method, over
 
 # The fields that an update is linear in.
@@ -26,7 +26,8 @@ def init(method: Method, model: nn.Module, *, generator: torch.Generator | None 
 
     Returns:
         ``{path: parameters}``: for LoRA a NamedTuple ``(lora_A [r, in], lora_B [out, r])`` a layer;
-        for each of ``modules_to_save`` a dict of copies of its parameters. They do not require
+        for each of ``modules_to_save`` a dict of copies of its parameters, for each bias that is
+        trained a dict of its copy. They do not require
         gradients: ``torch.func.grad`` wants them so; for ``torch.optim``, call
         ``requires_grad_()`` on each leaf.
 
@@ -42,8 +43,9 @@ def init(method: Method, model: nn.Module, *, generator: torch.Generator | None 
     at = method.at(list(layers))
     params: dict[str, Any] = {}
     residual: dict[str, Tensor] = {}
+    bases: dict[str, Any] = {}
     for path, layer in layers.items():
-        base = read(path, layer)
+        base = bases[path] = read(path, layer)
         params[path], left = over(base, at[path], path).init_layer(base, generator)
         if left is not None:
             held = dict(layer.named_parameters()) | dict(layer.named_buffers())
@@ -52,6 +54,9 @@ def init(method: Method, model: nn.Module, *, generator: torch.Generator | None 
     for path in saved_modules(model, method):
         held = dict(model.get_submodule(path).named_parameters())
         params[path] = {name: tensor.detach().clone() for name, tensor in held.items()}
+    for entry, path in trained_biases(model, method, bases).items():
+        owner: Any = bases[path] if path in bases else model.get_submodule(path)
+        params[entry] = {"bias": owner.bias.detach().clone()}
     return (params, residual) if residual else params
 
 
@@ -95,3 +100,13 @@ def _scale(leaf: Any, scaling: float | Tensor) -> Any:
 
 def _adapted(params: Mapping[str, Any]) -> list[str]:
     return [path for path, leaf in params.items() if hasattr(leaf, "_fields")]
+
+
+def beside(params: Mapping[str, Any], method: Method) -> tuple[list[str], list[str]]:
+    """The entries of an adapter that are no layer's parameters: modules saved whole, and biases."""
+    rest = [path for path, leaf in params.items() if not hasattr(leaf, "_fields")]
+    if method.bias == "none":
+        return rest, []
+    names = method.modules_to_save
+    whole = [p for p in rest if any(p == n or p.endswith(f".{n}") for n in names)]
+    return whole, [p for p in rest if p not in whole]

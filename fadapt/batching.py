@@ -278,8 +278,9 @@ def _check_method(method: Method) -> None:
             f"{kind.__name__} has no apply_rows of its own, which a mixed batch calls. Run its "
             "adapters one by one, or over a stack with torch.func.vmap(fadapt.bind(...))."
         )
-    if method.modules_to_save:
+    if method.modules_to_save or method.bias != "none":
         raise ConfigError(
-            f"modules_to_save={list(method.modules_to_save)}: a mixed batch runs one copy of a "
-            "module, and cannot give each row its own. Merge it, or leave it out."
+            f"modules_to_save={list(method.modules_to_save)}, bias={method.bias!r}: a mixed batch "
+            "runs one copy of a module, and cannot give each row its own. Merge it, or leave it "
+            "out."
         )

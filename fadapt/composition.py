@@ -17,7 +17,7 @@ from fadapt.adapted import Adapted, Step
 from fadapt.adapter import scale_by
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.functional import AdaptedLinear, Forward, bind, join, share
+from fadapt.functional import AdaptedLinear, Forward, bias_at, bind, join, share
 from fadapt.lora import LoRABiasParams, LoRAParams
 from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.method import Method
@@ -71,7 +71,7 @@ class ComposedLinear(AdaptedLinear):
                     steps.append(Step(method, params))
                     keeps.append(self._mask(k, method, params, x))
                     break
-        return _Below(Adapted(self.base, tuple(steps)), keeps).linear(x)
+        return _Below(Adapted(self.biased(), tuple(steps)), keeps).linear(x)
 
     def _mask(self, k: int, method: Method, params: Any, x: Tensor) -> Tensor | None:
         if self.dropout_seed is None or method.dropout == 0:
@@ -170,8 +170,10 @@ class Composed:
                 tensors |= {join(path, f"{name}{k}"): t for name, t in fields.items()}
             for path in part.saved:
                 held = {join(path, name): t for name, t in adapter[path].items()}
+                if path in part.biases:
+                    held = {bias_at(self.shell, part.biases[path]): adapter[path]["bias"]}
                 if tensors.keys() & held.keys():
-                    raise AdapterError(f"module {path!r} is saved whole by two of the adapters.")
+                    raise AdapterError(f"module {path!r} is trained by two of the adapters.")
                 tensors |= held
         return self._run(tensors, args, kwargs)
 

@@ -80,7 +80,7 @@ def read_folder(
     if to is not None:
         steps = {path: todo.steps.get(path, ()) for path in [*wanted, *todo.bases]}
         bases = {path: base_of(shell.get_submodule(path)) for path in steps}
-        todo = Plan(bases, steps, todo.saved)
+        todo = Plan(bases, steps, todo.saved, todo.biases)
         if not wanted:
             raise ConfigError(
                 f"--to {to}: this {type(shell).__name__} has no nn.Linear beside its output head "
@@ -103,10 +103,10 @@ def read_folder(
         stays = {join(path, "bias")} if same else set()
         owners |= dict.fromkeys(old_tensors.keys() - stays, path)
         parts[path] = [piece_like(n, t) for n, t in new_tensors.items() if n not in stays]
-    for name in (*owners, *todo.saved):
+    for name in (*owners, *todo.beside):
         if name not in names:
             raise _missing(name, names, model)
-    laid = _lay_out(headers, owners, parts, todo.saved)
+    laid = _lay_out(headers, owners, parts, todo.beside)
     every = [piece.name for pieces in laid.values() for piece in pieces]
     wide = {n: t for n, t in described.items() if t != PLAIN}
     about = metadata_of(every, wide) if wide or to is not None else metadata

@@ -24,6 +24,7 @@ activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward
 import copy
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -66,7 +67,7 @@ class AdaptedLinear(nn.Module):
         self.stream = zlib.crc32(path.encode())
         self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
         self.fields = list(dict.fromkeys(name for fields in self.kinds for name in fields))
-        for name in (*self.fields, "dropout_seed", "dropout_keep"):
+        for name in (*self.fields, "trained_bias", "dropout_seed", "dropout_keep"):
             self.register_buffer(name, None, persistent=False)
         # Hooks that were set on the layer fire as they did.
         self._forward_hooks = layer._forward_hooks
@@ -89,9 +90,14 @@ class AdaptedLinear(nn.Module):
         if not given:
             if self.lender is not None and not torch.compiler.is_compiling():
                 self.lender.check(self.path)
-            return self.base.linear(x)
+            return self.biased().linear(x)
         params = self.kinds[tuple(given)](**given)
-        return self.method.apply(self.base, params, x, self._keep(params, x))
+        return self.method.apply(self.biased(), params, x, self._keep(params, x))
+
+    def biased(self) -> Base:
+        """The base, with a bias that the adapter trains in place of its own."""
+        bias = self._buffers["trained_bias"]
+        return self.base if bias is None else replace(self.base, bias=bias)  # type: ignore[type-var]
 
     def _keep(self, params: Any, x: Tensor) -> Tensor | None:
         keep = self._buffers["dropout_keep"]
@@ -117,7 +123,9 @@ class Forward:
         method: the method that it was bound with.
         shell: the copy of the module tree that it runs.
         layers: ``{path: AdaptedLinear}``, the adapted layers of the shell.
-        saved: ``{path: names of its parameters}`` of ``modules_to_save``.
+        saved: ``{path: names of its parameters}`` of ``modules_to_save``; and ``["bias"]`` for each
+            bias that is trained.
+        biases: ``{path of its entry: path of the module}`` of the latter.
     """
 
     def __init__(
@@ -126,10 +134,12 @@ class Forward:
         layers: Mapping[str, AdaptedLinear],
         saved: Mapping[str, Sequence[str]],
         method: Method,
+        biases: Mapping[str, str] | None = None,
     ):
         self.shell = shell
         self.layers = dict(layers)
-        self.saved = dict(saved)
+        self.biases = dict(biases or {})
+        self.saved = dict(saved) | dict.fromkeys(self.biases, ("bias",))
         self.method = method
         self._lender = Lender(shell)
         for layer in self.layers.values():
@@ -137,6 +147,7 @@ class Forward:
         keep_adapter(shell, self._lender)
         self._paths = self.layers.keys() | self.saved.keys()
         self._fits: Any = None
+        self._moved = {join(p, "bias"): bias_at(shell, at) for p, at in self.biases.items()}
         self._buffers = [
             (name, buffer)
             for name, buffer in shell.named_buffers(remove_duplicate=False)
@@ -179,6 +190,8 @@ class Forward:
                 fields: Any = getattr(leaf, "_fields", leaf)
                 for name, tensor in zip(fields, _parts(leaf), strict=True):
                     tensors[join(path, name)] = tensor
+            for name, place in self._moved.items():
+                tensors[place] = tensors.pop(name)
         return self.run(tensors, args, kwargs)
 
     def run(
@@ -228,9 +241,16 @@ class Forward:
         for path, names in self.saved.items():
             if set(params[path]) != set(names):
                 raise AdapterError(
-                    f"module {path!r} is saved whole: expected the parameters {list(names)}, got "
-                    f"{sorted(params[path])}."
+                    f"module {path!r} is trained itself: expected the parameters {list(names)}, "
+                    f"got {sorted(params[path])}."
                 )
+        for path, at in self.biases.items():
+            held: Any = self.shell.get_submodule(at)
+            layer_bias: Any = held.base.bias if isinstance(held, AdaptedLinear) else held.bias
+            own = layer_bias.shape
+            given = params[path]["bias"].shape
+            if given != own:
+                raise AdapterError(f"{path!r}: expected bias {list(own)}, got {list(given)}.")
         self._fits = form
 
     def _seeds(self, dropout: Dropout) -> dict[str, Tensor]:
@@ -332,7 +352,8 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
             shell.set_submodule(alias, layers[path])
         else:
             shell = layers[path]
-    return Forward(shell, layers, saved, method)
+    bases = {path: layer.base for path, layer in layers.items()}
+    return Forward(shell, layers, saved, method, trained_biases(model, method, bases))
 
 
 def _quantized(layer: nn.Module) -> Base | None:
@@ -371,6 +392,48 @@ def saved_modules(model: nn.Module, method: Method) -> dict[str, list[str]]:
         if any(path != other and path.startswith(f"{other}.") for other in saved):
             raise TargetError(f"modules_to_save: {path!r} lies inside another saved module.")
     return saved
+
+
+def trained_biases(model: nn.Module, method: Method, bases: Mapping[str, Base]) -> dict[str, str]:
+    """``{path of its entry in the adapter: path of the module}`` of each bias that is trained.
+
+    Args:
+        model: only read.
+        method: its ``bias`` says which.
+        bases: of the adapted layers, whose biases have their entry at ``path.base_layer``, which is
+            where PEFT keeps them.
+
+    Raises:
+        ConfigError: two modules share such a bias.
+    """
+    if method.bias == "none":
+        return {}
+    found = {join(p, "base_layer"): p for p, base in bases.items() if base.bias is not None}
+    if method.bias == "all":
+        inside = (*bases, *saved_modules(model, method))
+        for name, _ in model.named_parameters():
+            path, _, last = name.rpartition(".")
+            if last == "bias" and not any(f"{path}.".startswith(f"{p}.") for p in inside if p):
+                found |= {} if path in bases else {path: path}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if (bias := module._parameters.get("bias")) is not None:
+            owners.setdefault(id(bias), []).append(path)
+    for path in found.values():
+        bias = model.get_submodule(path)._parameters.get("bias")
+        others = [p for p in owners.get(id(bias), []) if not f"{p}.".startswith(f"{path}.")]
+        if others:
+            raise ConfigError(
+                f"bias={method.bias!r}: {path!r} and {others[0]!r} share one bias, and training it "
+                "would give each its own. Give them tensors of their own first."
+            )
+    return found
+
+
+def bias_at(shell: nn.Module, path: str) -> str:
+    """Where the shell takes the trained bias of the module at ``path``."""
+    adapted = isinstance(shell.get_submodule(path), AdaptedLinear)
+    return join(path, "trained_bias" if adapted else "bias")
 
 
 def read(path: str, layer: nn.Module) -> Base:

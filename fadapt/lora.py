@@ -62,9 +62,12 @@ class LoRA:
             2024, arXiv:2404.02948) or ``"olora"`` (Büyükakyüz 2024, arXiv:2406.01775).
         modules_to_save: modules trained whole, beside the adapters.
         dtype: of the parameters; None means float32 (float64 over a float64 base).
+        bias: which of the model's biases are trained too: ``"none"``, those of the adapted layers
+            (``"adapter_only"``), or ``"all"``. They are entries of the adapter: ``{"bias": ...}``
+            at the path of the module, of an adapted layer at ``path.base_layer``.
 
     Raises:
-        ConfigError: a value out of range, or an unknown ``init``.
+        ConfigError: a value out of range, or an unknown ``init`` or ``bias``.
 
     Example:
         >>> import fadapt
@@ -86,6 +89,7 @@ class LoRA:
     init: str = "kaiming"
     modules_to_save: Sequence[str] = ()
     dtype: torch.dtype | None = None
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         normalize_targets(self)

@@ -113,8 +113,8 @@ def merge_folder(
     done: dict[str, Tensor] = {}
 
     def make(name: str) -> Tensor:
-        if name in todo.saved:
-            return todo.saved[name]
+        if name in todo.beside:
+            return todo.beside[name]
         path = of_path[name]
         if name not in done:
             done.clear()

@@ -71,7 +71,7 @@ def merge(model: nn.Module, params: Any, method: Any, *, undo: bool = False, **o
     """
     todo = plan(model, params, method, options.get("safe", True))
     check_untied(model, list(todo.bases))
-    state, back = dict(todo.saved), {}
+    state, back = todo.beside, _old_biases(model, todo) if undo else {}
     for path, adapted, merged in merge_layers(todo, **options):
         layer = model.get_submodule(path)
         if not _holds(layer, options.get("to"), adapted.base, merged.base):
@@ -107,7 +107,7 @@ def merged_model(
         'Linear'
     """
     todo = plan(model, params, method, options.get("safe", True))
-    shell, back = share(model, {}), {}
+    shell, back = share(model, {}), _old_biases(model, todo) if undo else {}
     names = {id(m): path for path, m in shell.named_modules()}
     aliases: dict[str, list[str]] = {}
     for alias, module in shell.named_modules(remove_duplicate=False):
@@ -121,7 +121,7 @@ def merged_model(
                 shell = layer
         if undo:
             back[path] = _record(todo, adapted, merged, path)
-    for name, tensor in todo.saved.items():
+    for name, tensor in todo.beside.items():
         put(shell, name, tensor)
     return (shell, back) if undo else shell
 
@@ -158,10 +158,17 @@ def unmerge(
             f"the adapter replaces modules whole ({next(iter(todo.saved))!r}, ...): merging keeps "
             "nothing of the old ones. Take those from the model that was merged."
         )
-    if undo is not None and undo.keys() != todo.bases.keys():
-        odd = sorted(undo.keys() ^ todo.bases.keys())
+    if todo.biases and undo is None:
+        raise MergeError(
+            f"the adapter trained biases ({next(iter(todo.biases))!r}, ...), and merging put them "
+            "in the place of the old ones. Pass undo=, the record that merge(..., undo=True) "
+            "returns, which holds those."
+        )
+    expected = todo.bases.keys() | todo.others.keys()
+    if undo is not None and undo.keys() != expected:
+        odd = sorted(undo.keys() ^ expected)
         raise MergeError(f"the undo record is of other layers: {odd[:4]} differ.")
-    state: dict[str, Tensor] = {}
+    state = {join(path, "bias"): (undo or {})[path]["bias"] for path in todo.others}
     for path, base in todo.bases.items():
         steps = todo.steps[path]
         if undo is None and not isinstance(base, Gridded):
@@ -261,6 +268,10 @@ class _Unmerged(Adapted):
         kind = torch.promote_types(dtype or self.dtype, torch.float32)
         where = slice(self.start, self.start + self.out_features)
         return unmerged(self.base.dequantize(kind), self.steps, where).to(kind)
+
+
+def _old_biases(model: nn.Module, todo: Plan) -> dict[str, Any]:
+    return {p: {"bias": model.get_parameter(join(p, "bias")).detach()} for p in todo.others}
 
 
 def _record(todo: Plan, adapted: Adapted, merged: Merged, path: str) -> Any:

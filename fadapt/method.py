@@ -32,6 +32,9 @@ class Method(Protocol):
     def modules_to_save(self) -> Sequence[str]: ...
 
     @property
+    def bias(self) -> str: ...
+
+    @property
     def dropout(self) -> float: ...
 
     @property

@@ -63,7 +63,7 @@ class OFT:
         form: ``"own"``, or ``"peft"`` for parameters that PEFT trained. They differ with
             ``cayley="neumann"`` alone: PEFT's series is ``I + 2 sum_k Q^k`` with 1 for the last
             power's coefficient, which rotates the other way.
-        targets, exclude, layers_to_transform, layers_pattern, modules_to_save: as
+        targets, exclude, layers_to_transform, layers_pattern, modules_to_save, bias: as
             :class:`fadapt.LoRA`.
         dtype: of the parameters; None means float32 (float64 over a float64 base).
 
@@ -96,6 +96,7 @@ class OFT:
     layers_pattern: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
     dtype: torch.dtype | None = None
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         normalize_targets(self)

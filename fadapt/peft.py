@@ -5,6 +5,7 @@ This file is about keys; ``peft_files.py`` about files, ``peft_config.py`` about
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fadapt.adapter import beside
 from fadapt.errors import AdapterError, CheckpointError, ConfigError, FadaptError, listing, near
-from fadapt.functional import bind, join, layers_of, read, saved_modules
+from fadapt.functional import bind, join, layers_of, read, saved_modules, trained_biases
 from fadapt.method import Method, over
 from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
 from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
@@ -61,8 +63,9 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
     method = read_config(config, fmt, model, adapted, None if dtype == torch.float32 else dtype)
     at = method.at(adapted)
     params: dict[str, Any] = {}
+    bases: dict[str, Any] = {}
     for path, layer in layers_of(model, method).items():
-        base = read(path, layer)
+        base = bases[path] = read(path, layer)
         leaf = _unpack(path, layers[path], fmt, at[path])
         try:
             over(base, at[path], path).check(base, leaf, path)
@@ -71,6 +74,13 @@ def load_peft(folder: str | os.PathLike[str], model: nn.Module) -> tuple[dict[st
         fmt.fits(base, path)
         params[path] = type(leaf)(*(tensor.to(base.device) for tensor in leaf))
     params |= _take_saved(rest, model, method)
+    for entry, path in trained_biases(model, method, bases).items():
+        owner: Any = bases[path] if path in bases else model.get_submodule(path)
+        params[entry] = {"bias": _taken(rest, join(entry, "bias"), owner.bias, "bias")}
+    for name in [n for n in rest if n.endswith(".modules_to_save.bias")]:  # by bias="all"
+        path = name.removesuffix(".modules_to_save.bias")
+        if path in params and torch.equal(params[path]["bias"].cpu(), rest[name]):
+            del rest[name]
     if rest:
         _check_rest(rest, model, [join(p, "*") for p in layers])
     return fmt.convert(params, method, model)
@@ -103,14 +113,16 @@ def save_peft(
     fmt = format_of(method)
     paths = [p for p, leaf in params.items() if hasattr(leaf, "_fields")]
     _check_adapter(params, paths, fmt, method, model)
+    saved, _ = beside(params, method)
     tensors: dict[str, Tensor] = {}
     for path in params:
         if path in paths:
             tensors |= {f"{path}{suffix}": t for suffix, t in fmt.pack(params[path]).items()}
+        elif path not in saved:
+            tensors[f"{path}.bias"] = params[path]["bias"]
         else:
             state = {} if model is None else model.get_submodule(path).state_dict()
             tensors |= {f"{path}.{name}": t for name, t in (state | dict(params[path])).items()}
-    saved = [p for p in params if p not in paths]
     config = write_config(fmt, method, paths, saved, model)
     write(folder, {_PREFIX + key: tensor for key, tensor in tensors.items()}, config)
 
@@ -169,19 +181,21 @@ def _take_saved(rest: dict[str, Tensor], model: nn.Module, method: Method) -> di
         held = dict(model.get_submodule(path).named_parameters())
         taken[path] = {}
         for name in names:
-            key = join(path, name)
-            if key not in rest:
-                raise CheckpointError(
-                    f"modules_to_save: {WEIGHTS} lacks the key {_PREFIX + key!r}."
-                )
-            tensor = rest.pop(key)
-            if tensor.shape != held[name].shape:
-                raise CheckpointError(
-                    f"modules_to_save: {key!r} is {list(tensor.shape)} in {WEIGHTS} and "
-                    f"{list(held[name].shape)} in the model."
-                )
-            taken[path][name] = tensor.to(held[name].device)
+            taken[path][name] = _taken(rest, join(path, name), held[name], "modules_to_save")
     return taken
+
+
+def _taken(rest: dict[str, Tensor], key: str, own: Tensor, what: str) -> Tensor:
+    """One tensor, taken out of ``rest``, for the model's ``own``."""
+    if key not in rest:
+        raise CheckpointError(f"{what}: {WEIGHTS} lacks the key {_PREFIX + key!r}.")
+    tensor = rest.pop(key)
+    if tensor.shape != own.shape:
+        raise CheckpointError(
+            f"{what}: {key!r} is {list(tensor.shape)} in {WEIGHTS} and {list(own.shape)} in the "
+            "model."
+        )
+    return tensor.to(own.device)
 
 
 def _check_rest(rest: Mapping[str, Tensor], model: nn.Module, claimed: Sequence[str]) -> None:
@@ -190,7 +204,7 @@ def _check_rest(rest: Mapping[str, Tensor], model: nn.Module, claimed: Sequence[
     state = model.state_dict()
     for name, tensor in rest.items():
         key = _PREFIX + name
-        own = state.get(name.replace(".base_layer.", "."))
+        own = state.get(re.sub(r"\.(base_layer|original_module)\.", ".", name))
         if own is None:
             raise CheckpointError(
                 f"{WEIGHTS}: nothing claims the key {key!r}.{near(name, [*state, *claimed])}"
@@ -228,7 +242,7 @@ def _check_adapter(
             if type(tensor) not in (Tensor, nn.Parameter):
                 raise CheckpointError(f"{path}.{name} is a {type(tensor).__name__}, not a tensor.")
     if model is not None:
-        saved = sorted(params.keys() - set(paths))
+        saved = sorted(beside(params, method)[0])
         wide = set(saved_by_peft(saved, model)) - params.keys()
         if wide:
             raise CheckpointError(

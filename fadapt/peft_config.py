@@ -48,6 +48,7 @@ _SHARED = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "modules_to_save": None,
+    "bias": "none",
     "fan_in_fan_out": False,
 }
 
@@ -145,6 +146,12 @@ def read_config(
             targets are not the layers that the file holds.
     """
     options = _checked(config, fmt)
+    bias = str(options["bias"])
+    if bias not in ("none", "all") and not bias.endswith("_only"):
+        raise CheckpointError(
+            f"adapter_config.json: bias={bias!r} is none of 'none', 'all' and 'lora_only' (or "
+            "'oft_only')."
+        )
     for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
         options[name] = _listed(options[name], name)
     for name in ("target_modules", "exclude_modules"):
@@ -172,7 +179,8 @@ def read_config(
             stacklevel=3,
         )
     try:
-        return fmt.read(options, {**shared, "dtype": dtype})
+        shared |= {"dtype": dtype, "bias": "adapter_only" if bias.endswith("_only") else bias}
+        return fmt.read(options, shared)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"adapter_config.json: {error}") from error
 
@@ -207,6 +215,7 @@ def write_config(
         "exclude_modules": _plain(method.exclude) or None,
         "layers_to_transform": list(method.layers_to_transform) or None,
         "layers_pattern": list(method.layers_pattern) or None,
+        "bias": method.bias.replace("adapter", fmt.peft_type.lower()),
         # Whole paths: PEFT takes any name that ends in one of these, even in mid-word.
         "modules_to_save": list(saved) or None,
         "fan_in_fan_out": False,

@@ -37,7 +37,6 @@ _INERT = frozenset(
     }
 )
 _OFF = {
-    "bias": "none",
     "use_dora": False,
     "use_qalora": False,
     "ensure_weight_tying": False,

@@ -32,7 +32,7 @@ _OPTIONS = SHARED | {
     "peft_version": "",
 }
 INERT = frozenset({"init_weights"})
-OFF = {"bias": "none"}
+OFF: dict[str, Any] = {}
 
 
 def read_shared(options: Mapping[str, Any]) -> dict[str, Any]:

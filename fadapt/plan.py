@@ -22,22 +22,37 @@ class Plan:
         bases: ``{path: base}``, in the model's order.
         steps: ``{path: its adapters, in order}``, as the caller gave them.
         saved: ``{name: tensor}`` of modules that the adapters replace whole.
+        biases: ``{name: tensor}`` of biases that they train, of these layers and of other modules.
     """
 
     bases: dict[str, Base]
     steps: dict[str, tuple[Step, ...]]
     saved: dict[str, Tensor]
+    biases: dict[str, Tensor]
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Those of the biases that are of other modules, by the module's path."""
+        each = {name.rpartition(".")[0]: tensor for name, tensor in self.biases.items()}
+        return {path: tensor for path, tensor in each.items() if path not in self.bases}
+
+    @property
+    def beside(self) -> dict[str, Tensor]:
+        """``{name: tensor}`` that go into the result as they are, beside the merged layers."""
+        return self.saved | {join(path, "bias"): tensor for path, tensor in self.others.items()}
 
     def adapted(self, path: str) -> Adapted:
         """One layer with its adapters prepared on it."""
-        found = Adapted(self.bases[path])
+        found = Adapted(self.bases[path], trained=self.biases.get(join(path, "bias")))
         for method, params in self.steps[path]:
             found = found.then(method, params, path)
         return found
 
     def only(self, path: str) -> "Plan":
         """The plan for one of the layers."""
-        return Plan({path: self.bases[path]}, {path: self.steps[path]}, {})
+        name = join(path, "bias")
+        biases = {name: self.biases[name]} if name in self.biases else {}
+        return Plan({path: self.bases[path]}, {path: self.steps[path]}, {}, biases)
 
 
 def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
@@ -57,6 +72,7 @@ def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
     bases: dict[str, Base] = {}
     steps: dict[str, tuple[Step, ...]] = {}
     saved: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
     for adapter, one in pairs:
         forward = bind(model, one)
         forward._check(adapter)
@@ -66,9 +82,14 @@ def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
             bases.setdefault(path, layer.base)
             steps[path] = (*steps.get(path, ()), Step(layer.method, adapter[path]))
         for path in forward.saved:
-            if any(name.startswith(f"{path}.") for name in saved):
-                raise AdapterError(f"module {path!r} is saved whole by two of the adapters.")
-            saved |= {join(path, name): t.detach() for name, t in adapter[path].items()}
+            at = forward.biases.get(path, path)
+            held = {join(at, name): t.detach() for name, t in adapter[path].items()}
+            if held.keys() & (saved.keys() | biases.keys()):
+                raise AdapterError(f"module {at!r} is trained by two of the adapters.")
+            if path in forward.biases:
+                biases |= held
+            else:
+                saved |= held
     order = {name: k for k, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for path, base in bases.items():
         if getattr(base, "act_pre_scale", None) is not None:
@@ -77,7 +98,7 @@ def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
                 "weight, and merging does not take that into account: keep the adapter beside it."
             )
     paths = sorted(bases, key=lambda p: order[p])
-    return Plan({p: bases[p] for p in paths}, {p: steps[p] for p in paths}, saved)
+    return Plan({p: bases[p] for p in paths}, {p: steps[p] for p in paths}, saved, biases)
 
 
 def check_untied(model: nn.Module, paths: Sequence[str]) -> None:

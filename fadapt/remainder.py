@@ -63,7 +63,7 @@ def merge_with_remainder(
         )
     todo = plan(model, params, method, options.get("safe", True))
     check_untied(model, list(todo.bases))
-    state, rest = dict(todo.saved), {}
+    state, rest = todo.beside, {}
     kind = LoRA(rank=rank, alpha=rank, targets=exact_pattern(todo.bases))
     for path in todo.bases:
         one = todo.only(path)

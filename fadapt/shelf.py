@@ -72,7 +72,10 @@ class Shelf:
             return f"it is {type(method).__name__}, and the place is for {name}"
         saved = [path for path, leaf in params.items() if not hasattr(leaf, "_fields")]
         if saved:
-            return f"it has modules saved whole ({listing(saved)}), which a mixed batch cannot wear"
+            return (
+                f"it has modules or biases trained themselves ({listing(saved)}), which a mixed "
+                "batch cannot wear"
+            )
         if unknown := sorted(params.keys() - self.bases.keys()):
             return (
                 f"its layers {listing(unknown)} are not among the {len(self.bases)} that the bank "
@@ -166,8 +169,10 @@ def shelf_of(method: Any, model: nn.Module) -> Shelf:
         ConfigError: modules saved whole, or an adapter whose residual the model would need.
         TargetError: targets and layers do not meet.
     """
-    if method.modules_to_save:
-        raise ConfigError("a bank holds no modules_to_save: a mixed batch cannot wear them.")
+    if method.modules_to_save or method.bias != "none":
+        raise ConfigError(
+            "a bank holds no modules_to_save and no trained biases: a mixed batch cannot wear them."
+        )
     bases = {path: read(path, layer) for path, layer in layers_of(model, method).items()}
     like = _example(method, bases)
     shapes = {path: tuple(tuple(t.shape) for t in leaf) for path, leaf in like.items()}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fadapt.adapter import scale_by
+from fadapt.adapter import beside, scale_by
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kinds import Kinds, stack_kinds, unstack_kinds
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
@@ -79,7 +79,7 @@ def stack(
 
     Raises:
         AdapterError: shapes, dtypes or paths differ where they may not.
-        ConfigError: LoRA methods that differ in dropout.
+        ConfigError: LoRA methods that differ in dropout or bias.
 
     Example:
         >>> import torch, fadapt
@@ -111,7 +111,12 @@ def stack(
     for member in members:
         for path, layer in member.items():
             ranks[path] = max(ranks.get(path, 0), layer.rank)
-    saved = _saved(adapters)
+    if len({m.bias for m in loras}) > 1:
+        raise ConfigError(
+            f"one stack trains the same biases in each; got bias={sorted({m.bias for m in loras})}."
+        )
+    rest = _saved(adapters)
+    saved, _ = beside(adapters[0], loras[0])
     bias = any(layer.kind is LoRABiasParams for one in members for layer in one.values())
     widest = max(ranks.values())
     unit = StackedLoRA(
@@ -121,6 +126,7 @@ def stack(
         dropout=loras[0].dropout,
         lora_bias=bias,
         modules_to_save=saved,
+        bias=loras[0].bias,
         members=members,
         folded=fold,
     )
@@ -134,7 +140,7 @@ def stack(
     shapes = {path: _layer(adapters, path) for path in ranks}
     padded = [
         {p: _pad(a.get(p), shapes[p], rank, bias) for p, rank in ranks.items()}
-        | {p: a[p] for p in saved}
+        | {p: a[p] for p in rest}
         for a in adapters
     ]
     return _stack_equal(padded), unit
@@ -218,8 +224,8 @@ def _saved(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     if any(s != each[0] for s in each):
         odd = sorted({p for s in each for p in s ^ each[0]})
         raise AdapterError(
-            f"modules_to_save {odd[:4]} are in some of the adapters only; a stack cannot pad a "
-            "module that is trained whole. Add a copy of the model's own to the others."
+            f"modules_to_save {odd[:4]} (or biases) are in some of the adapters only; a stack "
+            "cannot pad what is trained itself. Add a copy of the model's own to the others."
         )
     return tuple(p for p in adapters[0] if p in each[0])
 

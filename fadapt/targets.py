@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fadapt.bases import is_linear, is_supported
-from fadapt.errors import TargetError, listing, near
+from fadapt.errors import ConfigError, TargetError, listing, near
 
 ALL_LINEAR = "all-linear"
+# Which biases a method trains beside its adapters.
+BIASES = ("none", "all", "adapter_only")
 V = TypeVar("V")
 
 
@@ -114,7 +116,13 @@ def pattern_values(patterns: Mapping[str, V], paths: Iterable[str], what: str) -
 
 
 def normalize_targets(method: Any) -> None:
-    """Bring the fields of a new method that choose layers to tuples: it is hashed, and frozen."""
+    """Bring the fields of a new method that choose layers to tuples: it is hashed, and frozen.
+
+    Raises:
+        ConfigError: an unknown ``bias``.
+    """
+    if method.bias not in BIASES:
+        raise ConfigError(f"bias must be one of {', '.join(BIASES)}; got {method.bias!r}.")
     for name in ("targets", "exclude"):
         if not isinstance(value := getattr(method, name), str):
             object.__setattr__(method, name, tuple(value))

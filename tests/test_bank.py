@@ -192,7 +192,7 @@ def test_a_bank_has_room_for_just_the_adapters_that_it_is_made_of():
     with pytest.raises(fa.errors.AdapterError, match="at least one adapter"):
         fa.Bank.holding(model, {})
     saved = fa.LoRA(targets=["0"], modules_to_save=["1"])
-    with pytest.raises(fa.errors.AdapterError, match=r"'x' does not fit .* saved whole"):
+    with pytest.raises(fa.errors.AdapterError, match=r"'x' does not fit .* trained themselves"):
         fa.Bank.holding(model, {"x": (make(model, saved, 0), saved)})
 
 

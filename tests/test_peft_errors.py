@@ -162,8 +162,7 @@ def test_the_base_s_own_tensors(folder):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
+        ("bias", "some"),
         ("use_qalora", True),
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),

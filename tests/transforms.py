@@ -81,7 +81,7 @@ def by_functional_call(f: fa.Forward, p: Any, x: Tensor) -> Tensor:
 
 def slope(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A scalar made of a gradient: its own gradient is of second order."""
-    return lambda p, x: sum(wide(t).square().sum() for t in grad(loss(f))(p, x).values() for t in t)
+    return lambda p, x: sum(wide(t).square().sum() for t in tree_leaves(grad(loss(f))(p, x)))
 
 
 def plain_slope(f: Callable[..., Tensor], p: Any, x: Tensor) -> Any:
