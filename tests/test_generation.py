@@ -108,8 +108,9 @@ def merged(model, params, method):
     return worn.shell
 
 
-def test_sampled_tokens_are_those_of_each_prompt_alone_for_each_seed():
-    case = make()
+@pytest.mark.parametrize("base", ["dense", "int8"])
+def test_sampled_tokens_are_those_of_each_prompt_alone_for_each_seed(base):
+    case = make(base)
     options = {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
     before = torch.get_rng_state()
     seen = set()
