@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchao.quantization import (
     Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     PerGroup,
     PerRow,
     quantize_,
 )
+from torchao_int8 import HAS_AFFINE, affine, dynamic, weight_only
 
 import fadapt as fa
 from fadapt.bases.precision import CPU_GEMM_DTYPES
@@ -95,11 +94,11 @@ def torchao(config: Callable[[], Any], dtype: torch.dtype) -> Callable[[int, int
 
 
 def row() -> Any:
-    return Int8WeightOnlyConfig(granularity=PerRow())
+    return weight_only(PerRow())
 
 
 def group() -> Any:
-    return Int8WeightOnlyConfig(granularity=PerGroup(4))
+    return weight_only(PerGroup(4))
 
 
 def inc(hp: str, method: str = "maxabs_arbitrary") -> Callable[[int, int], nn.Module]:
@@ -134,7 +133,9 @@ def int4_dynamic() -> Any:
     return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=kind)
 
 
-dynamic = Int8DynamicActivationInt8WeightConfig
+def older(kind: str, dtype: torch.dtype) -> Callable[[int, int], nn.Module]:
+    """Layers of torchao's older class."""
+    return lambda n_in, n_out: affine(dense(n_in, n_out, dtype), kind)
 
 
 def lowered(dtype: torch.dtype) -> float:
@@ -180,6 +181,22 @@ BASES = (
         "aqlm-1x16-bf16", aqlm((1, 16, 8, 1), BF16), BF16, bound=2 * 2**-7, vendor=aqlm_forward
     ),
 )
+
+if HAS_AFFINE:
+    BASES += (
+        BaseRow("affine-row-f32", older("row", F32), F32, gradcheck=True, compiled=True),
+        BaseRow("affine-row-bf16", older("row", BF16), BF16, bound=lowered(BF16)),
+        # Where torchao multiplies by the dequantized W, it adds the bias before it rounds.
+        BaseRow("affine-group-bf16", older("group-zeros", BF16), BF16, bound=2 * 2**-7),
+        BaseRow("affine-tensor-f32", older("tensor", F32), F32, gradcheck=True),
+        BaseRow("affine-dynamic-f32", older("dynamic", F32), F32, rounds=True, compiled=True),
+        BaseRow("affine-dynamic-bf16", older("dynamic", BF16), BF16, rounds=True),
+        BaseRow("affine-dynamic-f16", older("dynamic", F16), F16, rounds=True),
+        BaseRow("affine-zeros-f32", older("dynamic-zeros", F32), F32, rounds=True, bound=1e-6),
+        BaseRow(
+            "affine-int4-bf16", older("int4-dynamic", BF16), BF16, rounds=True, bound=2 * 2**-7
+        ),
+    )
 
 METHODS = (
     MethodRow("lora", fa.LoRA(rank=2, alpha=6), compiled=True),

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8Tensor,
-    Int8WeightOnlyConfig,
-    PerGroup,
-    PerRow,
-    PerTensor,
-    quantize_,
+from torchao.quantization import PerGroup, PerRow, PerTensor, quantize_
+from torchao_int8 import (
+    AFFINE_INT8,
+    HAS_AFFINE,
+    VERSION,
+    affine,
+    dynamic,
+    inner,
+    integers,
+    scales,
+    weight_only,
 )
 
 import fadapt as fa
@@ -29,10 +32,11 @@ from fadapt.testing import assert_pure
 
 FORMATS: dict[str, Callable[[], Any] | None] = {
     "dense": None,
-    "int8-row": lambda: Int8WeightOnlyConfig(granularity=PerRow()),
-    "int8-tensor": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
-    "int8-group": lambda: Int8WeightOnlyConfig(granularity=PerGroup(4)),
-    "int8-dynamic": lambda: Int8DynamicActivationInt8WeightConfig(),
+    "int8-row": lambda: weight_only(PerRow()),
+    "int8-tensor": lambda: weight_only(PerTensor()),
+    "int8-group": lambda: weight_only(PerGroup(4)),
+    "int8-dynamic": dynamic,
+    **({f"affine-{kind}": None for kind in AFFINE_INT8} if HAS_AFFINE else {}),
 }
 METHODS = {
     "lora": fa.LoRA(rank=2, alpha=3),
@@ -46,6 +50,9 @@ def quantized(layer: nn.Module, name: str) -> nn.Module:
     config = FORMATS[name]
     if config is not None:
         quantize_(layer, config())
+    elif name != "dense":
+        for linear in (m for m in layer.modules() if isinstance(m, nn.Linear)):
+            affine(linear, name.removeprefix("affine-"))
     return layer
 
 
@@ -84,8 +91,8 @@ def half_step(base: Any, weight: torch.Tensor) -> torch.Tensor:
 
 
 def same_bytes(a: Any, b: Any) -> bool:
-    if isinstance(a, Int8Tensor):
-        return torch.equal(a.qdata, b.qdata) and torch.equal(a.scale, b.scale)
+    if hasattr(a, "__tensor_flatten__"):
+        return torch.equal(integers(a), integers(b)) and torch.equal(scales(a), scales(b))
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
@@ -118,7 +125,15 @@ def test_law_5_within_half_a_step_of_the_sum(data):
         error = (new.dequantize(torch.float32).double() - target).abs()
         # W + ΔW is summed in float32: `in` products of OFT's blocks of 4, or of a rank of 2 or 3.
         slack = 16 * torch.finfo(torch.float32).eps * target.abs().amax()
-        assert bool((error <= half_step(new, target) * (1 + 1e-5) + slack).all())
+        half = half_step(new, target)
+        if scales == "fresh" and name != "dense":
+            # A fresh scale is torchao's own, which up to 0.17 is rounded to the weight's dtype: the
+            # 127.5 steps, or 255 from a zero point, of one rounded down fall short by as many
+            # times half an eps, of its own size or of the smallest normal number's.
+            about = torch.finfo(new.scale.dtype)
+            steps = 127.5 if new.zero_point is None else 255
+            slack = slack + steps * about.eps * half.clamp(min=about.tiny / 2)
+        assert bool((error <= half * (1 + 1e-5) + slack).all())
 
 
 @settings(max_examples=40, deadline=None)
@@ -169,9 +184,12 @@ def test_law_7_the_vendor_runs_what_was_merged(name, kind):
     by_vendor = merged(x)
     assert torch.equal(functional_call(model, state, (x,)), by_vendor)
     if name != "dense":
-        assert type(merged[0].weight) is type(model[0].weight) is Int8Tensor
-        assert merged[0].weight.block_size == model[0].weight.block_size
-        assert str(merged[0].weight.act_quant_kwargs) == str(model[0].weight.act_quant_kwargs)
+        new, old = merged[0].weight, model[0].weight
+        assert type(new) is type(old)
+        assert type(inner(new)) is type(inner(old))
+        assert tuple(inner(new).block_size) == tuple(inner(old).block_size)
+        for rounds in ("act_quant_kwargs", "input_quant_func"):
+            assert str(getattr(new, rounds, None)) == str(getattr(old, rounds, None))
     want = fa.bind(model, method)(params, x)
     # Two layers of 16 and 12 products with random errors of half a step, |w| / 256, each; the
     # activations' rounding, where there is one, is another such error. Dense: float32 sums.
@@ -271,6 +289,10 @@ def test_kept_scales_saturate_and_are_counted():
 def test_another_format_by_name(name, to):
     model, method = model_of(name), METHODS["lora"]
     params = adapter_of(model, method)
+    if "group" in to and VERSION < (0, 17):
+        with pytest.raises(ConfigError, match="torchao 0.16 multiplies by no Int8Tensor"):
+            fa.merged_model(model, params, method, to=to)
+        return
     merged = assert_pure(lambda: fa.merged_model(model, params, method, to=to), model, params)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     for path, target in wanted(model, params, method).items():

@@ -6,19 +6,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    quantize_,
-)
+from torchao.quantization import quantize_
+from torchao_int8 import dynamic, weight_only
 from transforms import plain_grads
 
 import fadapt as fa
 import fadapt.testing as ft
 
 CONFIGS = {
-    "int8": Int8WeightOnlyConfig(),
-    "dynamic": Int8DynamicActivationInt8WeightConfig(),
+    "int8": weight_only(),
+    "dynamic": dynamic(),
 }
 few = settings(max_examples=40, deadline=None)
 

@@ -94,13 +94,23 @@ class Grid:
         Args:
             smallest, largest: of each block, shaped as ``scale``.
             scales: ``"keep"`` this grid's own; ``"fresh"``, as the format computes them;
-                ``"auto"``, fresh ones where a block does not fit into its own, else kept.
+                ``"auto"``, fresh ones where a block does not fit into its own, else kept. A fresh
+                scale of few bits is then rounded up: 127.5 steps of one rounded down would fall
+                short of the block's end. And with zero points it spans the old range as well as
+                the new: else a merge and its inverse would each move the range, and never settle.
         """
         if scales not in SCALES:
             raise ConfigError(f"scales must be one of {', '.join(SCALES)}; got {scales!r}.")
         if scales == "keep" or self.span is None:
             return self
-        scale, zero = self._fresh(smallest, largest)
+        wider = (smallest, largest)
+        if scales == "auto" and self.zero is not None:
+            zero = self.zero.to(self.scale.dtype)
+            wider = (
+                torch.minimum(smallest, (self.low - zero) * self.scale),
+                torch.maximum(largest, (self.high - zero) * self.scale),
+            )
+        scale, zero = self._fresh(*wider, covering=scales == "auto")
         if scales == "auto":
             fits = self._fits(smallest) & self._fits(largest)
             scale = torch.where(fits, self.scale, scale)
@@ -152,15 +162,25 @@ class Grid:
         levels = reach / self.scale
         return self._inside(levels if self.zero is None else levels + self.zero)
 
-    def _fresh(self, smallest: Tensor, largest: Tensor) -> tuple[Tensor, Tensor | None]:
-        eps = torch.finfo(torch.float32).eps  # torchao's floor for a scale, whatever the dtype
-        kind = self.scale.dtype
+    def _fresh(
+        self, smallest: Tensor, largest: Tensor, covering: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        least = torch.finfo(torch.float32).eps  # torchao's floor for a scale, whatever the dtype
+        about = torch.finfo(self.scale.dtype)
+
+        def rounded(exact: Tensor) -> Tensor:
+            exact = exact.clamp(min=least)
+            scale = exact.to(self.scale.dtype)
+            if not covering:
+                return scale
+            up = exact + about.eps * exact.clamp(min=about.tiny)
+            return torch.where(scale < exact, up.to(scale.dtype), scale)
+
         if self.zero is None:
             assert self.span is not None
-            amax = torch.maximum(-smallest, largest)
-            return (amax / self.span).clamp(min=eps).to(kind), None
+            return rounded(torch.maximum(-smallest, largest) / self.span), None
         bottom, top = smallest.clamp(max=0), largest.clamp(min=0)
-        scale = ((top - bottom) / (self.high - self.low)).clamp(min=eps).to(kind)
+        scale = rounded((top - bottom) / (self.high - self.low))
         zero = (self.low - (bottom / scale).round()).clamp(self.low, self.high)
         return scale, zero.to(self.zero.dtype)
 

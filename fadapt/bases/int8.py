@@ -1,7 +1,8 @@
-"""torchao's ``Int8Tensor`` (0.18): int8 weights by row, tensor or group; weight-only, or with
-activations rounded to int8 on the fly (dynamic) or by fixed scales (static).
+"""torchao's ``Int8Tensor``: int8 weights by row, tensor or group; weight-only, or with activations
+rounded to int8 on the fly (dynamic) or by fixed scales (static).
 
-The numbers follow ``torchao/quantization/quantize_/workflows/int8/int8_tensor.py``.
+The numbers follow ``torchao/quantization/quantize_/workflows/int8/int8_tensor.py``; those of the
+older ``AffineQuantizedTensor`` (see affine.py) differ as :class:`Activation` and ``by_value`` say.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +22,12 @@ from fadapt.bases.grid import Grid, requantize
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import Base, register_weight
-from fadapt.errors import UnsupportedLayerError
+from fadapt.errors import ConfigError, UnsupportedLayerError
+
+
+# What this torchao's Int8Tensor holds: zero points since 0.17, a reduced range since 0.18.
+_FIELDS = {*Int8Tensor.optional_tensor_data_names, *Int8Tensor.optional_tensor_attribute_names}
+_WIDE_SCALES = "reduce_range" in _FIELDS  # float32, since 0.18; before, of what is quantized
 
 
 class Activation(NamedTuple):
@@ -29,15 +35,20 @@ class Activation(NamedTuple):
 
     per_row: bool  # a scale a token, or one for the whole tensor
     asymmetric: bool  # with a zero point
-    quant_min: int  # -128, or -64 where torchao's reduce_range is set
+    quant_min: int  # -128, or -64 where torchao's reduce_range is set; -127 in the older tensor
     quant_max: int
+    wide_scale: bool = _WIDE_SCALES  # a float32 scale, or one in x's dtype
+    eps: float = torch.finfo(torch.float32).eps  # the smallest scale
+    # The product is rounded to the output's dtype before it is scaled by row; or, in the older
+    # tensor, to the activation scale's, which is float32 for a float16 x.
+    early: bool = True
 
 
 @dataclass(frozen=True, slots=True)  # not a NamedTuple, which vmap would take apart at every call
 class _Format:
     dtype: torch.dtype  # that W is dequantized to
-    result: torch.dtype  # that of the layer's output
-    per_group: bool
+    result: torch.dtype | None  # to round the product to, or None for that of its scale
+    by_value: bool
     asymmetric: bool  # the activation's zero point is not always 0
 
 
@@ -56,7 +67,10 @@ class Int8:
         activation: None for weight-only.
         act_scale, act_zero_point: fixed scales of a static activation, else None.
         act_pre_scale: ``[in]``, multiplied into x first (SmoothQuant, AWQ), else None.
-        settings: torchao's own ``act_quant_kwargs`` and ``reduce_range``, to write W back with.
+        bounds: the smallest and the largest integer.
+        by_value: x is multiplied by the dequantized W, not by the integers and then the scales:
+            always so per group, and where the layer's own product does so.
+        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
     """
 
     qdata: Tensor
@@ -69,7 +83,9 @@ class Int8:
     act_scale: Tensor | None = None
     act_zero_point: Tensor | None = None
     act_pre_scale: Tensor | None = None
-    settings: tuple[Any, bool] = (None, False)
+    bounds: tuple[int, int] = (-128, 127)
+    by_value: bool = False
+    form: Any = None
 
     @property
     def in_features(self) -> int:
@@ -95,8 +111,8 @@ class Int8:
             x = x * self.act_pre_scale
         static = _Format(
             self.dtype,
-            dtype,
-            per_group=self.block_size[1] < self.in_features,
+            dtype if self.activation is None or self.activation.early else None,
+            by_value=self.by_value or self.block_size[1] < self.in_features,
             asymmetric=self.activation is not None and self.activation.asymmetric,
         )
         zero_point = () if self.zero_point is None else (self.zero_point,)
@@ -139,7 +155,7 @@ class Int8:
         return base
 
     def grid(self) -> Grid:
-        low, high = (-64, 63) if self.settings[1] else (-128, 127)
+        low, high = self.bounds
         return Grid(self.scale, self.zero_point, torch.int8, low, high, (high - low) / 2)
 
     def codes(self) -> Tensor:
@@ -164,37 +180,54 @@ class Int8:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """``{"weight": Int8Tensor, "bias": ...}``, which torchao runs as it is."""
-        kwargs, reduce_range = self.settings
-        zero = self.zero_point
-        weight = Int8Tensor(
-            self.qdata,
-            self.scale,
-            list(self.block_size),
-            self.dtype,
-            zero_point=torch.zeros_like(self.scale, dtype=torch.int8) if zero is None else zero,
-            act_quant_scale=self.act_scale,
-            act_quant_zero_point=self.act_zero_point,
-            act_pre_scale=self.act_pre_scale,
-            act_quant_kwargs=kwargs,
-            reduce_range=reduce_range,
+        """``{"weight": ..., "bias": ...}``, a tensor of the class that was read, which torchao runs
+        as it is."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"weight": self.form.weight(self)} | bias
+
+
+class _Form(NamedTuple):
+    """What an ``Int8Tensor`` holds that a base does not: torchao's own words for some of it."""
+
+    act_quant_kwargs: Any
+    reduce_range: bool = False
+
+    def weight(self, base: Int8) -> Tensor:
+        zero = base.zero_point
+        zero = torch.zeros_like(base.scale, dtype=torch.int8) if zero is None else zero
+        held = {
+            "zero_point": zero,
+            "act_quant_scale": base.act_scale,
+            "act_quant_zero_point": base.act_zero_point,
+            "act_pre_scale": base.act_pre_scale,
+            **self._asdict(),
+        }
+        known = {name: value for name, value in held.items() if name in _FIELDS}
+        tensor: Tensor = Int8Tensor(
+            base.qdata, base.scale, list(base.block_size), base.dtype, **known
         )
-        return {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
+        return tensor
 
 
 def empty_int8(like: Base, granularity: Any, dynamic: bool) -> Int8:
     """A base of the shape of ``like``, as ``quantize_`` of torchao makes it; codes not written."""
     shape = (like.out_features, like.in_features)
     rows, columns = get_block_size(shape, granularity)
+    if columns < shape[1] and "zero_point" not in _FIELDS:
+        raise ConfigError(
+            "torchao 0.16 multiplies by no Int8Tensor with a scale a group. "
+            "pip install 'torchao>=0.17', or take a scale a row."
+        )
     kwargs = QuantizeTensorToInt8Kwargs(granularity=PerRow()) if dynamic else None
-    scale = torch.ones(shape[0] // rows, shape[1] // columns, device=like.device)
+    kind = torch.float32 if _WIDE_SCALES else like.dtype
+    scale = torch.ones(shape[0] // rows, shape[1] // columns, device=like.device, dtype=kind)
     return Int8(
         qdata=torch.empty(shape, dtype=torch.int8, device=like.device),
         scale=scale,
         block_size=(rows, columns),
         dtype=like.dtype,
         activation=None if kwargs is None else _activation(kwargs),
-        settings=(kwargs, False),
+        form=_Form(kwargs),
     )
 
 
@@ -231,7 +264,7 @@ def _multiply(
     x: Tensor, static: _Format, qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None
 ) -> Tensor:
     compute = gemm_dtype(x)
-    if static.per_group or zero_point is not None:
+    if static.by_value or zero_point is not None:
         weight = scaled(qdata, scale, zero_point, static.dtype)
         return (x.to(compute) @ weight.to(compute).mT).to(x.dtype)
     return _product(x.to(compute), qdata, 0).mul_(scale.to(compute).flatten()).to(x.dtype)
@@ -241,7 +274,7 @@ def _transposed(
     g: Tensor, static: _Format, qdata: Tensor, scale: Tensor, zero_point: Tensor | None = None
 ) -> Tensor:
     compute = gemm_dtype(g)
-    if static.per_group or zero_point is not None:
+    if static.by_value or zero_point is not None:
         weight = scaled(qdata, scale, zero_point, static.dtype)
         return (g.to(compute) @ weight.to(compute)).to(g.dtype)
     return _product(g.to(compute) * scale.to(compute).flatten(), qdata, 1).to(g.dtype)
@@ -288,15 +321,15 @@ def _round_activation(x: Tensor, base: Int8) -> tuple[Tensor, Tensor, Tensor]:
         over = (-1,) if kind.per_row else tuple(range(x.dim()))
         low = x.amin(over, keepdim=True).clamp(max=0)
         high = x.amax(over, keepdim=True).clamp(min=0)
-        eps = torch.finfo(torch.float32).eps
         span = kind.quant_max - kind.quant_min
         if kind.asymmetric:
-            scale = ((high - low) / span).clamp(min=eps)
+            scale = ((high - low) / span).clamp(min=kind.eps)
             zero = (kind.quant_min - (low / scale).round()).clamp(kind.quant_min, kind.quant_max)
         else:
-            scale = (torch.maximum(-low, high) / (span / 2)).clamp(min=eps)
+            scale = (torch.maximum(-low, high) / (span / 2)).clamp(min=kind.eps)
             zero = torch.zeros_like(scale)
-        scale = scale.float()
+        if kind.wide_scale or (not kind.early and x.dtype == torch.float16):
+            scale = scale.float()
     steps = (x * (1.0 / scale)).round() + zero
     rounded = steps.clamp(kind.quant_min, kind.quant_max).to(torch.int8)
     rows = (*x.shape[:-1], 1)
@@ -335,11 +368,14 @@ def _dynamic(
 ) -> Tensor:
     rows = rounded.reshape(-1, rounded.shape[-1])
     x_scale = x_scale.reshape(-1, 1)
-    # int8_tensor.py: scaled in float32, rounded to the result's dtype, then the weight's scale.
-    y = (_int_matmul(rows, qdata) * x_scale).to(static.result)
+    result = static.result or x_scale.dtype
+    if x_scale.dtype == torch.float16:  # whose range the sums may leave
+        x_scale = x_scale.float()
+    # int8_tensor.py: scaled in the scale's dtype, rounded to the result's, then the weight's scale.
+    y = (_int_matmul(rows, qdata).to(x_scale.dtype) * x_scale).to(result)
     if static.asymmetric:
         sums = qdata.sum(-1).to(x_scale.dtype)
-        y = y - ((x_zero.reshape(-1, 1).to(x_scale.dtype) * x_scale) * sums).to(static.result)
+        y = y - ((x_zero.reshape(-1, 1).to(x_scale.dtype) * x_scale) * sums).to(result)
     return (y * scale.flatten()).to(x.dtype).reshape(*x.shape[:-1], qdata.shape[0])
 
 
@@ -347,13 +383,17 @@ _op = FrozenLinear(_multiply, _transposed, rounded=_dynamic, n_aux=3)
 
 
 def _activation(kwargs: Any) -> Activation:
-    low, high = (-64, 63) if kwargs.reduce_range else (-128, 127)
+    low, high = _bounds(kwargs)
     return Activation(
         per_row=type(kwargs.granularity).__name__ == "PerRow",
         asymmetric=kwargs.mapping_type == MappingType.ASYMMETRIC,
         quant_min=low,
         quant_max=high,
     )
+
+
+def _bounds(held: Any) -> tuple[int, int]:
+    return (-64, 63) if getattr(held, "reduce_range", False) else (-128, 127)
 
 
 def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
@@ -363,7 +403,7 @@ def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
         )
     kwargs = weight.act_quant_kwargs
     activation = None if kwargs is None else _activation(kwargs)
-    zero, bias = weight.zero_point, module.bias
+    zero, bias = getattr(weight, "zero_point", None), module.bias
     if zero is not None and not bool(zero.any()):
         zero = None  # symmetric: torchao stores zeros, and skipping them saves a pass over W
     if activation is not None and (zero is not None or weight.block_size[1] < weight.shape[1]):
@@ -387,9 +427,10 @@ def _read(weight: Int8Tensor, module: nn.Linear) -> Int8:
         zero_point=zero,
         activation=activation,
         act_scale=act_scale,
-        act_zero_point=weight.act_quant_zero_point,
+        act_zero_point=getattr(weight, "act_quant_zero_point", None),
         act_pre_scale=weight.act_pre_scale,
-        settings=(kwargs, bool(weight.reduce_range)),
+        bounds=_bounds(weight),
+        form=_Form(kwargs, bool(getattr(weight, "reduce_range", False))),
     )
 
 

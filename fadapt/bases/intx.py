@@ -1,4 +1,4 @@
-"""torchao's ``IntxUnpackedToInt8Tensor`` (0.18): weights of 1 to 8 bits by row or group, held as
+"""torchao's ``IntxUnpackedToInt8Tensor``: weights of 1 to 8 bits by row or group, held as
 int8; weight-only, or with the activations rounded to int8 a token.
 
 The numbers follow ``intx/intx_unpacked_to_int8_tensor.py`` under
@@ -6,7 +6,7 @@ The numbers follow ``intx/intx_unpacked_to_int8_tensor.py`` under
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,9 @@ class Intx:
         dtype: the float dtype that W is dequantized to.
         bias: ``[out]`` or None.
         zero_point: like ``scale``, or None for all zeros.
-        activation: torchao's name for how the activation is rounded; None for weight-only.
+        rounds: the activation is rounded to int8 a token.
+        wide_scale: then by a float32 scale, whatever x's dtype.
+        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
     """
 
     qdata: Tensor
@@ -45,7 +47,9 @@ class Intx:
     dtype: torch.dtype
     bias: Tensor | None = None
     zero_point: Tensor | None = None
-    activation: Any = None
+    rounds: bool = False
+    wide_scale: bool = False
+    form: Any = None
 
     @property
     def in_features(self) -> int:
@@ -68,13 +72,15 @@ class Intx:
         x = autocast_input(x)
         zero = () if self.zero_point is None else (self.zero_point,)
         weight = (self.qdata, self.scale, *zero)
-        if self.activation is None:
+        if not self.rounds:
             y = _op(x, weight, self.dtype)
-        elif torch.compiler.is_compiling():
-            # What is compiled is differentiated through the body: round on the way in.
-            y = _op(x + (_round_activation(x.detach()) - x.detach()), weight, self.dtype)
         else:
-            y = _op.straight_through(x, (_round_activation(x.detach()),), weight, self.dtype)
+            flat = _round_activation(x.detach(), self.wide_scale)
+            if torch.compiler.is_compiling():
+                # What is compiled is differentiated through the body: round on the way in.
+                y = _op(x + (flat - x.detach()), weight, self.dtype)
+            else:
+                y = _op.straight_through(x, (flat,), weight, self.dtype)
         return y if self.bias is None else (y + self.bias).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -118,18 +124,27 @@ class Intx:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """``{"weight": IntxUnpackedToInt8Tensor, "bias": ...}``, which torchao runs as it is."""
-        zero = self.zero_point
-        weight = IntxUnpackedToInt8Tensor(
-            self.qdata,
-            self.scale,
-            torch.zeros_like(self.scale, dtype=torch.int8) if zero is None else zero,
-            getattr(torch, f"int{self.bits}"),
-            self.block_size,
-            self.dtype,
+        """``{"weight": ..., "bias": ...}``, a tensor of the class that was read, which torchao runs
+        as it is."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"weight": self.form.weight(self)} | bias
+
+
+class _Form(NamedTuple):
+    activation: Any  # torchao's name for how the activation is rounded; None for weight-only
+
+    def weight(self, base: Intx) -> Tensor:
+        zero = base.zero_point
+        tensor: Tensor = IntxUnpackedToInt8Tensor(
+            base.qdata,
+            base.scale,
+            torch.zeros_like(base.scale, dtype=torch.int8) if zero is None else zero,
+            getattr(torch, f"int{base.bits}"),
+            base.block_size,
+            base.dtype,
             self.activation,
         )
-        return {"weight": weight} | ({} if self.bias is None else {"bias": self.bias})
+        return tensor
 
 
 def empty_intx(like: Base, bits: int, group: int) -> Intx:
@@ -161,14 +176,17 @@ def _rounded(x: Tensor, dtype: torch.dtype, flat: Tensor, *weight: Tensor) -> Te
     return _multiply(flat.to(x.dtype), dtype, *weight)
 
 
-def _round_activation(x: Tensor) -> Tensor:
+def _round_activation(x: Tensor, wide_scale: bool) -> Tensor:
     """x ``[..., in]`` rounded to int8 a token, with a zero point, and back, in its own dtype."""
     low = x.amin(-1, keepdim=True).clamp(max=0)
     high = x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255.0).clamp(min=torch.finfo(x.dtype).eps)
+    eps = torch.finfo(torch.float32 if wide_scale else x.dtype).eps
+    scale = ((high - low) / 255.0).clamp(min=eps)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    if wide_scale:
+        scale = scale.float()
     steps = ((x * (1.0 / scale)).round() + zero).clamp(-128, 127)
-    return (steps - zero) * scale
+    return ((steps - zero) * scale).to(x.dtype)
 
 
 _op = FrozenLinear(_multiply, _transposed, rounded=_rounded, n_aux=1)
@@ -188,7 +206,8 @@ def _read(weight: IntxUnpackedToInt8Tensor, module: nn.Linear) -> Intx:
         dtype=weight.dtype,
         bias=None if module.bias is None else module.bias.detach(),
         zero_point=zero.detach() if bool(zero.any()) else None,
-        activation=weight.activation_quantization,
+        rounds=weight.activation_quantization is not None,
+        form=_Form(weight.activation_quantization),
     )
 
 

@@ -8,17 +8,18 @@ from torch import nn
 from fadapt.bases.protocol import register_weight
 from fadapt.errors import UnsupportedLayerError
 
-OLDEST = (0, 18)  # the first in which quantize_ makes the new tensors alone
+OLDEST = (0, 16)  # the oldest on which the suite is green; PEFT refuses older ones too
 
 
-def check_version(found: str) -> None:
-    """Raise UnsupportedLayerError for a torchao that fadapt does not read."""
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+def check_version(found: str) -> tuple[int, ...]:
+    """The version, or UnsupportedLayerError for a torchao that fadapt does not read."""
+    parts = tuple(int(part) for part in found.split(".")[:2])
+    if parts < OLDEST:
         raise UnsupportedLayerError(
-            f"torchao {found} is installed; fadapt reads the tensors of torchao 0.18. Up to 0.17 "
-            "its configs made others (AffineQuantizedTensor, LinearActivationQuantizedTensor). "
-            "pip install 'torchao>=0.18,<0.19', and quantize the model again."
+            f"torchao {found} is installed; fadapt reads the tensors of torchao 0.16 to 0.18. "
+            "pip install 'torchao>=0.16,<0.19', and quantize the model again."
         )
+    return parts
 
 
 def _refuse_int4(weight: Any, module: nn.Linear) -> Any:
@@ -29,13 +30,16 @@ def _refuse_int4(weight: Any, module: nn.Linear) -> Any:
     )
 
 
-check_version(version("torchao"))
+_found = check_version(version("torchao"))
 
 import torchao.quantization as _quantization  # noqa: E402
 
 import fadapt.bases.float8  # noqa: E402
 import fadapt.bases.int8  # noqa: E402
 import fadapt.bases.intx  # noqa: E402, F401
+
+if _found < (0, 18):  # which no longer has the older tensors
+    import fadapt.bases.affine  # noqa: F401
 
 for _name in dir(_quantization):
     if _name.startswith("Int4") and isinstance(getattr(_quantization, _name), type):
