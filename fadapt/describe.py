@@ -122,8 +122,10 @@ def _format(base: Any) -> tuple[str, str]:
         )
     if not hasattr(base, "grid"):
         return _name(base.dtype), "its own"
-    stored, scale = base.codes().dtype, base.grid().scale
-    bits = f"int{base.bits} in {_name(stored)}" if kind == "Intx" else _name(stored)
+    scale = base.grid().scale
+    # An Int4's codes are unpacked from its bytes: not to be asked for their dtype alone.
+    bits = "int4" if kind == "Int4" else _name(base.codes().dtype)
+    bits = f"int{base.bits} in {bits}" if kind == "Intx" else bits
     shape = tuple(scale.shape)
     if shape == (1, 1) and base.out_features > 1:
         words = "a scale for all"

@@ -163,7 +163,8 @@ def _plain(leaf: Any) -> list[tuple[str, Tensor]]:
         return []
     if hasattr(leaf, "__tensor_flatten__"):
         inner, about = leaf.__tensor_flatten__()  # how it rounds its activations is in the latter
-        return [(f"{name} {about}", getattr(leaf, name)) for name in inner]
+        parts = [(name, _plain(getattr(leaf, name))) for name in inner]  # which may be such too
+        return [(f"{name} {about} {deeper}", t) for name, found in parts for deeper, t in found]
     return [("", leaf)]
 
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import inc_layers
+import int4_layers
 import torch
 from aqlm.inference_kernels.dequantization import dequantize_gemm
 from aqlm_layers import quantized
@@ -23,7 +24,7 @@ from torchao.quantization import (
     PerRow,
     quantize_,
 )
-from torchao_int8 import HAS_AFFINE, affine, dynamic, weight_only
+from torchao_int8 import HAS_AFFINE, VERSION, affine, dynamic, weight_only
 
 import fadapt as fa
 from fadapt.bases.precision import CPU_GEMM_DTYPES
@@ -43,7 +44,7 @@ class BaseRow(NamedTuple):
         bound: of ``|forward(None) - module|``, as a share of the largest output; 0: same bytes.
         gradcheck: x may be float64, and the layer is smooth in it.
         compiled: test_compile.py runs it as well (seconds a row).
-        vendor: ``(layer, x) -> y``, the vendor's forward.
+        vendor: ``(layer, x) -> y``, the vendor's forward; its formula where that does not run.
     """
 
     name: str
@@ -124,6 +125,20 @@ def aqlm_forward(layer: nn.Module, x: Tensor) -> Tensor:
     return dequantize_gemm(x, layer.codes, layer.codebooks, layer.scales, layer.bias)
 
 
+def plain_int4(dtype: torch.dtype, **options: Any) -> BaseRow:
+    """Its kernel is the package mslk's, for CUDA and bfloat16: the law is its format's formula."""
+    name = {F32: "int4-plain-f32", BF16: "int4-plain-bf16"}[dtype]
+    eps = torch.finfo(dtype).eps
+    return BaseRow(
+        name,
+        lambda n_in, n_out: int4_layers.int4(dense(n_in, n_out, dtype)),
+        dtype,
+        bound=2 * eps,  # W's rounding, and the sum's and the bias's
+        vendor=int4_layers.linear,
+        **options,
+    )
+
+
 def int4() -> Any:
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(4))
 
@@ -144,7 +159,12 @@ def lowered(dtype: torch.dtype) -> float:
     return 0.0 if dtype in CPU_GEMM_DTYPES else 2 * torch.finfo(dtype).eps
 
 
-BASES = (
+def by_group(dtype: torch.dtype) -> float:
+    """torchao 0.16's int8 by group is the older class, which adds the bias before it rounds."""
+    return lowered(dtype) if VERSION >= (0, 17) else 2 * torch.finfo(dtype).eps
+
+
+BASES: tuple[BaseRow, ...] = (
     BaseRow("dense-f64", lambda i, o: dense(i, o, F64), F64, gradcheck=True),
     BaseRow("dense-f32", lambda i, o: dense(i, o, F32), F32, compiled=True),
     BaseRow("dense-bf16", lambda i, o: dense(i, o, BF16), BF16, bound=lowered(BF16)),
@@ -153,8 +173,8 @@ BASES = (
     BaseRow("int8-row-bf16", torchao(row, BF16), BF16, bound=lowered(BF16)),
     BaseRow("int8-row-f16", torchao(row, F16), F16, bound=lowered(F16)),
     BaseRow("int8-group-f32", torchao(group, F32), F32, gradcheck=True, compiled=True),
-    BaseRow("int8-group-bf16", torchao(group, BF16), BF16, bound=lowered(BF16)),
-    BaseRow("int8-group-f16", torchao(group, F16), F16, bound=lowered(F16)),
+    BaseRow("int8-group-bf16", torchao(group, BF16), BF16, bound=by_group(BF16)),
+    BaseRow("int8-group-f16", torchao(group, F16), F16, bound=by_group(F16)),
     BaseRow("int8-dynamic-f32", torchao(dynamic, F32), F32, rounds=True, compiled=True),
     BaseRow("int8-dynamic-bf16", torchao(dynamic, BF16), BF16, rounds=True),
     BaseRow("int8-dynamic-f16", torchao(dynamic, F16), F16, rounds=True),
@@ -164,6 +184,8 @@ BASES = (
     BaseRow("int4-group-f32", torchao(int4, F32), F32, bound=1e-6, gradcheck=True, compiled=True),
     BaseRow("int4-group-bf16", torchao(int4, BF16), BF16, bound=2 * 2**-7),
     BaseRow("int4-dynamic-bf16", torchao(int4_dynamic, BF16), BF16, rounds=True, bound=2 * 2**-7),
+    plain_int4(F32, gradcheck=True, compiled=True),
+    plain_int4(BF16),
     BaseRow("inc-f32", inc("fp32"), F32, rounds=True, compiled=True),
     BaseRow("inc-channel-bf16", inc("bf16", inc_layers.PCS), BF16, rounds=True),
     BaseRow(
@@ -186,7 +208,6 @@ if HAS_AFFINE:
     BASES += (
         BaseRow("affine-row-f32", older("row", F32), F32, gradcheck=True, compiled=True),
         BaseRow("affine-row-bf16", older("row", BF16), BF16, bound=lowered(BF16)),
-        # Where torchao multiplies by the dequantized W, it adds the bias before it rounds.
         BaseRow("affine-group-bf16", older("group-zeros", BF16), BF16, bound=2 * 2**-7),
         BaseRow("affine-tensor-f32", older("tensor", F32), F32, gradcheck=True),
         BaseRow("affine-dynamic-f32", older("dynamic", F32), F32, rounds=True, compiled=True),

@@ -246,7 +246,12 @@ def test_backward_keeps_the_int8_weight_and_no_float_copy(kind):
     floats = sum(size for dtype, size in held.values() if dtype.is_floating_point)
     assert floats == base.scale.untyped_storage().nbytes()
     layer = quantized(kind, 64, 64)
-    if kind in ("per_row", "per_group", "affine-row", "affine-group"):  # what torchao's own keeps, to show that the hook sees it
+    if kind in (
+        "per_row",
+        "per_group",
+        "affine-row",
+        "affine-group",
+    ):  # what torchao's own keeps, to show that the hook sees it
         theirs, _ = saved_bytes(lambda: layer(x))
         assert sum(s for d, s in theirs.values() if d.is_floating_point) >= 64 * 64 * 4
 

@@ -12,6 +12,7 @@ from neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules i
 from torch import nn
 from torch.utils._pytree import tree_map
 from torchao.quantization import Float8Tensor, Int8Tensor, IntxUnpackedToInt8Tensor
+from torchao_int8 import VERSION
 
 import fadapt as fa
 from fadapt.errors import AdapterError, ConfigError, MergeError
@@ -33,7 +34,14 @@ TARGETS = {
     "inc-fp8": (PatchedLinear, nn.Parameter),
 }
 SOURCES = ("dense-f32", "dense-bf16", "int8-group-f32", "float8-row-bf16", "int4-group-f32")
-SOURCES = (*SOURCES, "inc-f32", "inc-channel-bf16", "aqlm-2x8-f32", "aqlm-3x4-f32")
+SOURCES = (
+    *SOURCES,
+    "int4-plain-bf16",
+    "inc-f32",
+    "inc-channel-bf16",
+    "aqlm-2x8-f32",
+    "aqlm-3x4-f32",
+)
 METHODS = (fa.LoRA(rank=2, alpha=3, lora_bias=True), fa.DoRA(rank=2), fa.OFT(block_size=4))
 METHOD = METHODS[0]
 sources = pytest.mark.parametrize(
@@ -64,6 +72,11 @@ def half_step(base, weight: torch.Tensor) -> torch.Tensor:
 def test_into_each_format_rounded_once_and_run_by_its_vendor(row, to):
     model, g = model_of(row), seeded()
     x = torch.randn(32, 16, generator=g).to(row.dtype)
+    if to == "int8-group4" and VERSION < (0, 17):
+        params = fa.init(METHOD, model, generator=g)
+        with pytest.raises(ConfigError, match="multiplies by no Int8Tensor"):
+            fa.merged_model(model, params, METHOD, to=to)
+        return
     for method in METHODS:
         params = randomized(fa.init(method, model, generator=g), 1)
         amax = fa.input_amax(model, params, method, [x])
@@ -89,6 +102,9 @@ def test_into_each_format_rounded_once_and_run_by_its_vendor(row, to):
             slack = 64 * F32 * want.abs().amax()
             steps = half_step(new, want)
             bound = steps * (1 + 1e-5) + slack
+            if to.startswith("int8"):  # up to torchao 0.17 its scales are of the weight's dtype:
+                # 127.5 steps of one rounded down fall short by as many times half an eps.
+                bound = bound + 127.5 * torch.finfo(new.scale.dtype).eps * steps
             if to.startswith("int3") or to.startswith("int4"):
                 bound = 2 * bound + steps * (0.05 if row.dtype == torch.bfloat16 else 0)
             assert bool((error <= bound).all()), (method, float((error / bound).max()))

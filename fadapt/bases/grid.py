@@ -23,7 +23,7 @@ class Grid:
 
     Attributes:
         scale: ``[rows, groups]``, with 1 for either where one scale spans it.
-        zero: like ``scale``, or None for all zeros.
+        zero: like ``scale``, or None for all zeros. Integers, unless the format's are not.
         kind: the dtype of the codes: an integer, or a float.
         low, high: the smallest and the largest code.
         span: a fresh symmetric scale is ``amax / span``. None: there are no scales to choose.
@@ -103,14 +103,14 @@ class Grid:
             raise ConfigError(f"scales must be one of {', '.join(SCALES)}; got {scales!r}.")
         if scales == "keep" or self.span is None:
             return self
-        wider = (smallest, largest)
+        ends = (smallest, largest)
         if scales == "auto" and self.zero is not None:
-            zero = self.zero.to(self.scale.dtype)
-            wider = (
-                torch.minimum(smallest, (self.low - zero) * self.scale),
-                torch.maximum(largest, (self.high - zero) * self.scale),
+            step, at = self.scale.to(smallest.dtype), self.zero.to(smallest.dtype)
+            ends = (
+                torch.minimum(smallest, (self.low - at) * step),
+                torch.maximum(largest, (self.high - at) * step),
             )
-        scale, zero = self._fresh(*wider, covering=scales == "auto")
+        scale, zero = self._fresh(*ends, covering=scales == "auto")
         if scales == "auto":
             fits = self._fits(smallest) & self._fits(largest)
             scale = torch.where(fits, self.scale, scale)
@@ -179,6 +179,10 @@ class Grid:
         if self.zero is None:
             assert self.span is not None
             return rounded(torch.maximum(-smallest, largest) / self.span), None
+        if self.zero.is_floating_point():  # any offset, itself of the scale's dtype
+            scale = rounded((largest - smallest) / (self.high - self.low))
+            offset = (smallest - self.low * scale).to(scale.dtype)
+            return scale, -offset.to(self.zero.dtype) / scale.to(self.zero.dtype)
         bottom, top = smallest.clamp(max=0), largest.clamp(min=0)
         scale = rounded((top - bottom) / (self.high - self.low))
         zero = (self.low - (bottom / scale).round()).clamp(self.low, self.high)

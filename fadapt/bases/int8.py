@@ -24,7 +24,6 @@ from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import Base, register_weight
 from fadapt.errors import ConfigError, UnsupportedLayerError
 
-
 # What this torchao's Int8Tensor holds: zero points since 0.17, a reduced range since 0.18.
 _FIELDS = {*Int8Tensor.optional_tensor_data_names, *Int8Tensor.optional_tensor_attribute_names}
 _WIDE_SCALES = "reduce_range" in _FIELDS  # float32, since 0.18; before, of what is quantized
@@ -70,7 +69,8 @@ class Int8:
         bounds: the smallest and the largest integer.
         by_value: x is multiplied by the dequantized W, not by the integers and then the scales:
             always so per group, and where the layer's own product does so.
-        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
+        form: how torchao's own tensor is made again: it has ``weight(base) -> Tensor``. None for
+            the weight-only tensor of its newest class.
     """
 
     qdata: Tensor
@@ -183,7 +183,8 @@ class Int8:
         """``{"weight": ..., "bias": ...}``, a tensor of the class that was read, which torchao runs
         as it is."""
         bias = {} if self.bias is None else {"bias": self.bias}
-        return {"weight": self.form.weight(self)} | bias
+        form = _Form(None) if self.form is None else self.form
+        return {"weight": form.weight(self)} | bias
 
 
 class _Form(NamedTuple):

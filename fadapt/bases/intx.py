@@ -37,7 +37,8 @@ class Intx:
         zero_point: like ``scale``, or None for all zeros.
         rounds: the activation is rounded to int8 a token.
         wide_scale: then by a float32 scale, whatever x's dtype.
-        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
+        form: how torchao's own tensor is made again: it has ``weight(base) -> Tensor``. None for
+            the weight-only tensor of its newest class.
     """
 
     qdata: Tensor
@@ -127,7 +128,8 @@ class Intx:
         """``{"weight": ..., "bias": ...}``, a tensor of the class that was read, which torchao runs
         as it is."""
         bias = {} if self.bias is None else {"bias": self.bias}
-        return {"weight": self.form.weight(self)} | bias
+        form = _Form(None) if self.form is None else self.form
+        return {"weight": form.weight(self)} | bias
 
 
 class _Form(NamedTuple):

@@ -192,8 +192,8 @@ def _read_linear(module: nn.Linear) -> Base:
     if reader is _read_weight.dispatch(object):
         raise UnsupportedLayerError(
             f"An nn.Linear whose weight is a {type(weight).__module__}.{type(weight).__qualname__} "
-            "is not supported. Supported: plain floating tensors, and torchao 0.18's Int8Tensor, "
-            "Float8Tensor and IntxUnpackedToInt8Tensor."
+            "is not supported. Supported: plain floating tensors, and torchao's Int8Tensor, "
+            "Float8Tensor, IntxUnpackedToInt8Tensor and Int4Tensor."
         )
     return reader(weight, module)
 

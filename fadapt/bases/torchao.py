@@ -22,27 +22,40 @@ def check_version(found: str) -> tuple[int, ...]:
     return parts
 
 
-def _refuse_int4(weight: Any, module: nn.Linear) -> Any:
+# What a 4 bit weight that is not read is packed for.
+_KERNELS = {
+    "Int4PreshuffledTensor": "the package mslk's, on CUDA",
+    "Int4TilePackedTo4dTensor": "torch's tinygemm, on CUDA",
+    "Int4PlainInt32Tensor": "oneDNN's on XPU, or torch_npu's",
+}
+
+
+def _read_other(weight: Any, module: nn.Linear) -> Any:
+    kind = type(weight).__name__
+    if kind == "Int4OpaqueTensor":  # of torchao.prototype, which is not imported for it
+        return fadapt.bases.int4_packed.read_opaque(weight, module)
+    why = ""
+    if kind in _KERNELS:
+        why = f" It is packed for one kernel ({_KERNELS[kind]}), in an order of its own."
     raise UnsupportedLayerError(
-        f"torchao's {type(weight).__name__} is packed for one kernel (the package mslk's, or "
-        "CUDA's tinygemm), which has no derivative. Int4 that fadapt reads: "
-        "IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))."
+        f"torchao's {kind} is not read.{why} Read are Int8Tensor, Float8Tensor, and of 4 bits "
+        "IntxUnpackedToInt8Tensor (IntxWeightOnlyConfig(weight_dtype=torch.int4, "
+        "granularity=PerGroup(32))), Int4Tensor (Int4WeightOnlyConfig(), for which torchao needs "
+        "the package mslk) and Int4OpaqueTensor (torchao.prototype's, on a CPU)."
     )
 
 
 _found = check_version(version("torchao"))
 
-import torchao.quantization as _quantization  # noqa: E402
+from torchao.utils import TorchAOBaseTensor  # noqa: E402
 
 import fadapt.bases.float8  # noqa: E402
+import fadapt.bases.int4  # noqa: E402
+import fadapt.bases.int4_packed  # noqa: E402
 import fadapt.bases.int8  # noqa: E402
-import fadapt.bases.intx  # noqa: E402, F401
+import fadapt.bases.intx  # noqa: E402
 
 if _found < (0, 18):  # which no longer has the older tensors
-    import fadapt.bases.affine  # noqa: F401
+    import fadapt.bases.affine
 
-for _name in dir(_quantization):
-    if _name.startswith("Int4") and isinstance(getattr(_quantization, _name), type):
-        _kind = getattr(_quantization, _name)
-        if hasattr(_kind, "__tensor_flatten__"):
-            register_weight(_kind, _refuse_int4)
+register_weight(TorchAOBaseTensor, _read_other)
