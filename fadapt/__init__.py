@@ -11,6 +11,7 @@ from fadapt.combine import combine
 from fadapt.describe import Description, describe
 from fadapt.dora import DoRA, DoRANormed, DoRAParams
 from fadapt.export import check_export, export
+from fadapt.export_run import load_export
 from fadapt.functional import Forward, bind
 from fadapt.generation import generate
 from fadapt.gradients import value_and_grad
@@ -70,6 +71,7 @@ __all__ = [
     "generate",
     "init",
     "input_amax",
+    "load_export",
     "load_peft",
     "merge",
     "merge_report",

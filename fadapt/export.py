@@ -57,9 +57,10 @@ def export(
     :func:`check_export` compares, and of its inputs' names, in order.
 
     The suffix is the format: ``.pt2`` is a program of ``torch.export``, ``.aoti.pt2`` an
-    AOTInductor package for this machine (its inputs must be contiguous: it reads them by the
-    strides that it was made for), ``.onnx`` a model for ONNX Runtime. The first two are called with
-    ``(ids, [inputs], [leaves of the bank])``; ONNX by name, ``ids`` first.
+    AOTInductor package for this machine, ``.onnx`` a model for ONNX Runtime (whose CPU form has no
+    bfloat16). :func:`fadapt.load_export` runs all three. By themselves the first two are called
+    with ``(ids, [inputs], [leaves of the bank])``, and a package reads its inputs without a look at
+    their strides: they must be contiguous.
 
     Args:
         model: in eval mode; only read.

@@ -3,11 +3,9 @@
 import json
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from cases import BASES, dense, randomized
-from torch.utils._pytree import tree_leaves
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
@@ -17,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transforms import error
 
 import fadapt as fa
-from fadapt import check_export, export
+from fadapt import check_export, export, load_export
 from fadapt.testing import assert_pure
 
 CONFIGS = {
@@ -71,13 +69,7 @@ def tokens(batch, length):
 
 
 def run(path, ids, inputs, bank):
-    leaves = [] if bank is None else tree_leaves(bank)
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module()(ids, list(inputs.values()), leaves)
-    session = onnxruntime.InferenceSession(path)
-    given = [ids, *inputs.values(), *leaves]
-    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
-    return torch.from_numpy(session.run(None, feed)[0])
+    return load_export(path)(ids, inputs, bank)[0]
 
 
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
@@ -190,7 +182,8 @@ def test_several_methods_and_ranks_in_one_graph(tmp_path, suffix):
     ids = torch.tensor([0, 3, -1, 2, 1, -1, 3, 0, 2])
     assert error(run(path, ids, {"input": x}, mixed.prepare(bank)), mixed(bank, ids, x)) <= bound
     # Other numbers of each kind, and other ranks.
-    _, _, other, others = kinds_of([*MIXED[1:2] * 3, *MIXED[2:3] * 2, *MIXED[3:] * 2], 5)
+    wide = fa.LoRA(rank=6, targets=["0", "2"])
+    _, _, other, others = kinds_of([*MIXED[:2], wide, *MIXED[2:3] * 2, *MIXED[3:] * 2], 5)
     ids = torch.tensor([6, 0, -1, 3, 4, 2, 5, 1, -1])
     got = run(path, ids, {"input": x}, others.prepare(other))
     assert error(got, others(other, ids, x)) <= bound
@@ -216,10 +209,12 @@ def test_an_aoti_package_runs_another_bank(tmp_path):
     bank, other = bank_of(model, method, 3), bank_of(model, wide, 5, 7)
     path, x = tmp_path / "graph.aoti.pt2", torch.randn(5, 16, generator=torch.Generator())
     export(model, method, path, bank=bank, inputs={"input": x[:2]}, dynamic=BATCH)
-    call = torch._inductor.aoti_load_package(str(path))
-    mixed = fa.bind_mixed(model, wide)
-    for ids in (torch.tensor([4, -1, 0, 2, 2]), torch.tensor([1])):
-        got = call(ids, [x[: len(ids)]], tree_leaves(other))
+    named = {f"a{k}": (one, wide) for k, one in enumerate(fa.unstack(other))}
+    held = fa.Bank.holding(model, named)  # its leaves are cut out of rows
+    call, mixed = load_export(path), fa.bind_mixed(model, wide)
+    for names in (["a4", "base", "a0", "a2", "a2"], ["a1"]):
+        ids = [k - 1 for k in map(["base", *named].index, names)]
+        (got,) = call(names, {"input": x[: len(ids)]}, held)
         want = mixed(other, ids, x[: len(ids)])
         assert error(got, want) <= 8 * torch.finfo(torch.float32).eps
     check_export(path, model, method)
@@ -275,7 +270,17 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
     turned.config.rms_norm_eps = 1e-3
     with pytest.raises(fa.errors.CheckpointError, match="stale: model changed"):
         check_export(path, turned, method, bank)
+    (named,) = load_export(path)([0], tokens(1, 6))
+    assert named.shape == (1, 6, 64)
+    with pytest.raises(fa.errors.AdapterError, match="the graph knows none"):
+        load_export(path)(["a0"], tokens(1, 6))
+    with pytest.raises(
+        fa.errors.AdapterError, match=r"takes \['ids', 'input_ids', 'attention_mask'\]"
+    ):
+        load_export(path)([0], tokens(1, 6), bank)
     path.write_bytes(b"another")
+    with pytest.raises(fa.errors.CheckpointError, match="not what its manifest tells"):
+        load_export(path)
     with pytest.raises(fa.errors.CheckpointError, match="stale: graph"):
         check_export(path, model, method, bank)
     with pytest.raises(fa.errors.CheckpointError, match="no manifest"):

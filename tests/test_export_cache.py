@@ -2,12 +2,10 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from cases import randomized
 from test_export import CONFIGS, loaded  # noqa: F401  a fixture
-from torch.utils._pytree import tree_leaves
 from torchao.quantization import quantize_
 from transformers import (
     LlamaConfig,
@@ -19,7 +17,7 @@ from transformers import (
 )
 
 import fadapt as fa
-from fadapt import export
+from fadapt import export, load_export
 from fadapt.export_manifest import read_manifest
 from fadapt.testing import assert_pure
 
@@ -69,36 +67,14 @@ def prompts():
     }
 
 
-def load(path):
-    """``call(named inputs)`` of a file; the names are the manifest's."""
-    about = read_manifest(path)
-    if path.suffix == ".onnx":
-        session = onnxruntime.InferenceSession(path)
-        assert [i.name for i in session.get_inputs()] == about["inputs"]
-        assert [o.name for o in session.get_outputs()] == about["outputs"]
-        return lambda given: [
-            torch.from_numpy(t) for t in session.run(None, {n: t.numpy() for n, t in given.items()})
-        ]
-    module = torch.export.load(path).module()
-    banks = sum(name.startswith("bank_") for name in about["inputs"])
-
-    def call(given):
-        ids, *rest = (given[name] for name in about["inputs"])
-        split = len(rest) - banks
-        return module(ids, rest[:split], rest[split:])
-
-    return call
-
-
-def greedy(call, ids, inputs, leaves, past):
+def greedy(run, ids, inputs, bank, past):
     """One call for the prompt, and one a token, by the cache alone."""
     tokens, mask = inputs["input_ids"], inputs["attention_mask"]
-    given = {"ids": ids} | {f"bank_{k}": leaf.contiguous() for k, leaf in enumerate(leaves)}
     found = []
     for _ in range(NEW):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :].contiguous()
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         step = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
-        logits, *present = call(given | step | past)
+        logits, *present = run(ids, step | past, bank)
         past = dict(zip(past, present, strict=True))
         tokens = logits[:, -1].argmax(-1, keepdim=True)
         mask = torch.cat([mask, torch.ones_like(tokens)], -1)
@@ -113,10 +89,9 @@ def empty_past(model, rows):
     return {name: torch.zeros(shape) for name in names}
 
 
-def check(model, path, names, bank, inputs):
+def check(model, run, names, bank, inputs):
     want = fa.generate(model, bank, names, **inputs, max_new_tokens=NEW, do_sample=False)
-    ids, leaves = torch.tensor(bank.ids(names)), tree_leaves(bank.params)
-    got = greedy(load(path), ids, inputs, leaves, empty_past(model, len(names)))
+    got = greedy(run, names, inputs, bank, empty_past(model, len(names)))
     assert torch.equal(got, want[:, -NEW:])
     return got
 
@@ -131,21 +106,24 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, base, suffix):
     assert_pure(
         lambda: export(model, bank.method, path, bank=bank, kv_cache=True), model, bank.params
     )
-    first = check(model, path, ["b", "base", "oft", "a"], bank, prompts())
-    bare = check(model, path, ["base"] * 4, bank, prompts())
+    run = load_export(path)
+    first = check(model, run, ["b", "base", "oft", "a"], bank, prompts())
+    bare = check(model, run, ["base"] * 4, bank, prompts())
     assert [torch.equal(a, b) for a, b in zip(first, bare, strict=True)] == [
         False, True, False, False,
     ]  # fmt: skip
-    # Other adapters, of other numbers and ranks; one adapter of rank 1; one prompt.
+    # Other adapters, of other numbers and ranks; one adapter of rank 1; one prompt of one token.
     other = bank_of(model, ["c", "d", "e", "f", "oft1", "oft2"], 6, 20)
-    check(model, path, ["f", "oft2", "base", "c"], other, prompts())
+    check(model, run, ["f", "oft2", "base", "c"], other, prompts())
     one = bank_of(model, ["x", "oft"], 1, 40)
-    check(model, path, ["x"], one, {name: t[:1] for name, t in prompts().items()})
+    check(model, run, ["x"], one, {name: t[:1, :1] for name, t in prompts().items()})
     about = read_manifest(path)
     assert about["ids"] == {"base": -1, "a": 0, "b": 1, "oft": 2}
     assert about["outputs"][:3] == ["logits", "present.0.key", "present.0.value"]
     if suffix == ".onnx":
         graph = onnx.load(path).graph
+        assert [i.name for i in graph.input] == about["inputs"]
+        assert [o.name for o in graph.output] == about["outputs"]
         past = next(i for i in graph.input if i.name == "past_key_values.1.value")
         dims = [d.dim_param or d.dim_value for d in past.type.tensor_type.shape.dim]
         assert dims == ["batch", 1, "past", 16]
@@ -161,8 +139,7 @@ def test_a_window_of_attention_is_in_the_mask_and_every_token_in_the_cache(tmp_p
     export(model, bank.method, path, bank=bank, kv_cache=True, bake=True)
     names = ["a", "base", "a", "a"]
     want = fa.generate(model, bank, names, **prompts(), max_new_tokens=NEW, do_sample=False)
-    ids = torch.tensor(bank.ids(names))
-    got = greedy(load(path), ids, prompts(), [], empty_past(model, 4))
+    got = greedy(load_export(path), names, prompts(), None, empty_past(model, 4))
     assert torch.equal(got, want[:, -NEW:])
 
 

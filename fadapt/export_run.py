@@ -1,0 +1,103 @@
+"""Run an exported graph, whatever its format, by the names of its inputs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fadapt.bank import Bank
+from fadapt.errors import AdapterError, CheckpointError
+from fadapt.export_manifest import of_files, plain_bank, read_manifest
+
+Run = Callable[..., list[Tensor]]
+
+
+def load_export(path: str | Path) -> Run:
+    """What :func:`fadapt.export` wrote, as ``run(ids, inputs, bank=None)``.
+
+    ``ids`` are integers ``[n]``, or names: of the ``Bank`` that is given, or of one that was baked
+    in. ``inputs`` are the model's by name, ``bank`` a prepared stack or a ``Bank``; None if it was
+    baked in. It returns the outputs, in the manifest's order. Tensors are made contiguous: an
+    AOTInductor package itself does not look at strides, and would read a ``Bank``'s as others.
+
+    Args:
+        path: of the file; its manifest lies beside it.
+
+    Raises:
+        CheckpointError: no manifest, or one of another file.
+        AdapterError: from ``run``: inputs that the graph does not have, or lacks; an unknown name.
+
+    Example:
+        ``run = load_export("model.onnx")``;
+        ``run(["alice", "base"], {"input_ids": ids, "attention_mask": mask}, bank)[0]`` are logits.
+    """
+    path = Path(path)
+    about = read_manifest(path)
+    if any(about.get(name) != value for name, value in of_files(path).items()):
+        raise CheckpointError(f"{path} is not what its manifest tells of. Export again.")
+    names: list[str] = about["inputs"]
+    call = _LOADERS[about["format"]](path)
+    banks = sum(name.startswith("bank_") for name in names)
+
+    def run(
+        ids: Tensor | Sequence[int] | Sequence[str],
+        inputs: Mapping[str, Tensor],
+        bank: Any = None,
+    ) -> list[Tensor]:
+        leaves = [] if bank is None else tree_leaves(plain_bank(bank))
+        if {"ids", *inputs} != set(names[: len(names) - banks]) or len(leaves) != banks:
+            raise AdapterError(
+                f"{path.name} takes {names}; given are ids, {', '.join(inputs)} and a bank of "
+                f"{len(leaves)} leaves."
+            )
+        given = {"ids": _ids(ids, bank, about), **inputs}
+        ordered = [given[name] for name in names[: len(names) - banks]]
+        return call(*([t.contiguous() for t in group] for group in (ordered, leaves)))
+
+    return run
+
+
+def _ids(ids: Any, bank: Any, about: Mapping[str, Any]) -> Tensor:
+    if isinstance(ids, Tensor):
+        return ids
+    if not any(isinstance(name, str) for name in ids):
+        return torch.tensor(ids, dtype=torch.int64)
+    known = about["ids"] if bank is None else None
+    if isinstance(bank, Bank):
+        return torch.tensor(bank.ids(ids))
+    if known is None or any(name not in known for name in ids):
+        raise AdapterError(
+            f"names {list(ids)}: the graph knows {sorted(known) if known else 'none'}; pass a "
+            "Bank, or integers."
+        )
+    return torch.tensor([known[name] for name in ids])
+
+
+def _program(path: Path) -> Callable[..., list[Tensor]]:
+    module = torch.export.load(path).module()
+    return lambda given, leaves: tree_leaves(module(given[0], given[1:], leaves))
+
+
+def _aoti(path: Path) -> Callable[..., list[Tensor]]:
+    package: Any = torch._inductor.aoti_load_package(str(path))
+    return lambda given, leaves: tree_leaves(package(given[0], given[1:], leaves))
+
+
+def _onnx(path: Path) -> Callable[..., list[Tensor]]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path)
+    names = [one.name for one in session.get_inputs()]
+
+    def call(given: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
+        arrays = [tensor.detach().cpu().numpy() for tensor in (*given, *leaves)]
+        found = session.run(None, dict(zip(names, arrays, strict=True)))
+        return [torch.from_numpy(array) for array in found]
+
+    return call
+
+
+_LOADERS = {"pt2": _program, "aoti.pt2": _aoti, "onnx": _onnx}
