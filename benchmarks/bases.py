@@ -1,5 +1,6 @@
 """Every base beside its vendor's own layer: forward, forward + backward, and 16 adapters under
-``vmap`` beside 16 calls (LoRA, rank 16).
+``vmap`` beside 16 calls (LoRA, rank 16); and the MiB that each keeps between forward and backward,
+since a vendor's layer that keeps a float W need not make it again.
 
     python benchmarks/bases.py                  # 1024 x 1024, 64 rows, on a CPU
     python benchmarks/bases.py --device cuda --dtype bfloat16 --width 4096 --rows 1 64 512
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from saved import saved_bytes
 from timing import machine, medians
 from torch import Tensor, nn
 from torch.func import vmap
@@ -144,6 +146,11 @@ def measure(
     return t | timed({"ours both": both(base.linear, x), "theirs both": both(layer, x)})
 
 
+def kept(run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    leaf = x.detach().requires_grad_()
+    return saved_bytes(lambda: run(leaf)) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -159,7 +166,10 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     print(machine(args.device))
     print(f"{args.width} x {args.width}, {args.dtype}; ours in ms, and the vendor's time over ours")
-    print(f"{'base':<16} {'rows':>5} {'forward':>17} {'+ backward':>17} {'16 calls / vmap':>16}")
+    print(
+        f"{'base':<16} {'rows':>5} {'forward':>17} {'+ backward':>17} {'16 calls / vmap':>16} "
+        f"{'kept MiB, theirs':>17}"
+    )
     for name in args.bases:
         if name == "inc fp8" and args.device != "cpu":  # INC's layer runs on CPUs and Gaudi alone
             continue
@@ -172,8 +182,10 @@ def main() -> None:
                 + (f"{t[theirs] / t[ours]:>7.2f}x" if theirs in t else "raises".rjust(8))
                 for ours, theirs in (("ours", "theirs"), ("ours both", "theirs both"))
             ]
+            theirs = f"{kept(layer, x):.2f}" if "theirs both" in t else "raises"
             print(
-                f"{name:<16} {rows:>5} {cells[0]} {cells[1]} {t['calls'] / t['vmap']:>15.2f}x",
+                f"{name:<16} {rows:>5} {cells[0]} {cells[1]} {t['calls'] / t['vmap']:>15.2f}x "
+                f"{kept(fa.base_of(layer).linear, x):>9.2f} {theirs:>7}",
                 flush=True,
             )
 

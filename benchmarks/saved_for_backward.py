@@ -5,32 +5,16 @@ python benchmarks/saved_for_backward.py
 
 import argparse
 import warnings
-from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
+from saved import saved_bytes
 from timing import machine
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import fadapt as fa
-
-
-def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in a forward."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        plain = tensor.qdata if hasattr(tensor, "qdata") else tensor
-        storage = plain.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = run()
-    del y
-    return sum(storages.values())
 
 
 def main() -> None:

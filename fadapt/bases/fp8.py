@@ -13,6 +13,7 @@ from torch import Tensor
 from fadapt.bases.grid import Grid
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import gemm_dtype
+from fadapt.bases.widen import widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,7 @@ class Rounding:
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """W ``[out, in]``: codes times scale in float32, rounded once to ``dtype``."""
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return (codes.to(compute) * scale.to(compute)).to(dtype)
+    return widen(codes, scale, dtype)
 
 
 def _weight(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,12 +114,14 @@ def rounded_product(
     codes = steps.clamp(-how.limit, how.limit).to(how.kind)
     scales = scale.expand(*x.shape[:-1], 1)
     # Only the derivative of this counts: its value is that of the codes.
-    inside = torch.where(_inside(steps, how), x, torch.zeros_like(still)).to(how.result)
+    inside = torch.where(_inside(steps, how), x, 0.0).to(how.result)
     return op.straight_through(inside, (codes, scales), weight, static)
 
 
 def _multiply(x: Tensor, static: Format, codes: Tensor, scale: Tensor) -> Tensor:
     compute = x.dtype if static.native else gemm_dtype(x)
+    # W whole, in one product: by parts, multiplied while in the cache, few rows of a large W would
+    # take half the time, but with other last bits than the vendor's at some shapes (measured).
     weight = _weight(codes, scale, static.dtype).to(compute)
     return (x.to(compute) @ weight.mT).to(static.result)
 
@@ -134,8 +136,8 @@ def _rounded(
     x: Tensor, static: Format, rounded: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor
 ) -> Tensor:
     if not static.scaled or is_batched(rounded):
-        flat = (rounded.float() * x_scale).to(x.dtype)
-        return _multiply(flat, static, codes, scale)
+        flat = widen(rounded.reshape(-1, x.shape[-1]), x_scale.reshape(-1, 1), x.dtype)
+        return _multiply(flat.reshape(x.shape), static, codes, scale)
     return scaled_product(rounded, x_scale, codes, scale, static)
 
 
