@@ -32,12 +32,16 @@ _OPTIONS: tuple[tuple[str, Any, str | None, str], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``fadapt generate``."""
     parser.add_argument(
-        "--model", type=Path, default=SHIPPED / "model", help="folder of a transformers causal LM"
+        "--model",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="folder of a transformers causal LM (default: the one shipped)",
     )
     parser.add_argument(
         "--adapter",
         action="append",
         required=True,
+        default=argparse.SUPPRESS,
         metavar="NAME=DIR",
         help="a PEFT folder and its name; as many as there are, of any rank, targets and method",
     )
@@ -45,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         required=True,
+        default=argparse.SUPPRESS,
         metavar="FILE",
         help='.jsonl of {"adapter": ..., "prompt": ...} or .tsv of adapter<TAB>prompt; the '
         "adapter 'base' is none",
@@ -80,15 +85,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, check, then generate batch by batch; each batch's lines are written as it ends."""
-    options = _options(arguments)
+    options, folder = _options(arguments), getattr(arguments, "model", SHIPPED / "model")
     folders = adapter_folders(arguments.adapter)
     prompts = read_prompts(arguments.prompts, folders)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(folder)
     rows = [_encode(tokenizer, prompt) for prompt in prompts]
-    _check_lengths(prompts, rows, arguments.max_new_tokens, context_of(arguments.model))
-    model: Any = load_model(
-        arguments.model, arguments.base, arguments.dtype, arguments.device, length=None
-    )
+    _check_lengths(prompts, rows, arguments.max_new_tokens, context_of(folder))
+    model: Any = load_model(folder, arguments.base, arguments.dtype, arguments.device, length=None)
     bank = load_bank(model, folders)
     end = model.generation_config.eos_token_id
     ends = [tokenizer.eos_token_id] if end is None else [end] if isinstance(end, int) else end
