@@ -86,6 +86,10 @@ def test_merge_by_rows_and_unmerge_without_orthogonality(cayley: str):
     # By an inverse of blocks whose condition is under 10.
     assert (method.unmerge(merged, params[""]) - W).abs().max() <= 1000 * EPS64
     prepared = method.prepare(params)[""]
+    R = prepared.rotation
+    off = torch.linalg.matrix_norm(R @ R.mT - torch.eye(4)).max()
+    assert off > 1e-3 or cayley == "auto"
+    assert method.orthogonality_error(params)[""] == off
     assert torch.equal(merged, method.merge(W, prepared))
     assert (method.unmerge(merged, prepared) - W).abs().max() <= 1000 * EPS64
 
@@ -302,6 +306,26 @@ def test_pefts_series_rotates_the_other_way_and_ours_does_not():
     assert (theirs.mT - exact).norm() < 1e-2 * moved
 
 
+def test_several_of_pefts_are_applied_in_our_order_and_merged_by_peft_in_the_other():
+    model, method = model_of(), fa.OFT(block_size=4, cayley="neumann", form="peft")
+    adapters, x = [drawn(method, model, seed, 0.2) for seed in (1, 2)], gaussian((5, 12))
+    wrapped = peft_twin(model, ("a", "b"))
+    for name, params in zip("ab", adapters, strict=True):
+        put(wrapped, params, name)
+    wrapped.base_model.set_adapter(["a", "b"])
+    # PEFT rotates x by the first and then by the second, which is W R_2^T R_1^T: what comes last
+    # in its forward is next to W.
+    forward = fa.bind(model, [method, method])
+    want = wrapped(x)
+    assert (forward(adapters[::-1], x) - want).abs().max() <= 32 * EPS * want.abs().max()
+    state = fa.merge(model, adapters[::-1], method)
+    ours = functional_call(model, state, (x,))
+    assert (ours - want).abs().max() <= 64 * EPS * want.abs().max()
+    theirs = wrapped.merge_and_unload()(x)
+    assert (theirs - want).abs().max() > 0.01 * want.abs().max()
+    assert (theirs - forward(adapters, x)).abs().max() <= 64 * EPS * want.abs().max()
+
+
 # COFT
 
 
@@ -374,6 +398,8 @@ def test_dropout_by_seed_acts_repeats_and_differs_from_adapter_to_adapter(share:
         assert (y - forward(params, x, dropout=seed)).abs().max() <= 64 * EPS
     assert len({tuple(y.tolist()) for y in ys}) == 8
     assert (ys - forward(params, x)).abs().max() > 1e-3
+    drawn_from = forward(params, x, dropout=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn_from, forward(params, x, dropout=seeds[0]))
     # How many blocks: the first of two inputs of each block, seen through an identity weight.
     eye = nn.Linear(64, 64, bias=False)
     eye.weight.data = torch.eye(64)
