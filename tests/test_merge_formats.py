@@ -9,13 +9,17 @@ import torch
 from aqlm import QuantizedLinear
 from cases import BASES, randomized
 from neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules import PatchedLinear
+from neural_compressor.torch.quantization import load
+from small_lm import make_model
 from torch import nn
 from torch.utils._pytree import tree_map
 from torchao.quantization import Float8Tensor, Int8Tensor, IntxUnpackedToInt8Tensor
 from torchao_int8 import VERSION
 
 import fadapt as fa
-from fadapt.errors import AdapterError, ConfigError, MergeError
+from fadapt.errors import AdapterError, ConfigError, MergeError, UnsupportedLayerError
+from fadapt.inc_files import save_inc_model
+from fadapt.quieting import quiet
 from fadapt.testing import assert_pure
 
 F32 = torch.finfo(torch.float32).eps
@@ -195,3 +199,34 @@ def test_what_cannot_be_merged_into_says_what_to_do():
     for to, options in (("inc-fp8", {"amax": {"0": 1.0}}), ("aqlm-2x4", {"generator": seeded()})):
         with pytest.raises(MergeError, match="merged_model puts"):
             fa.merge(model, params, METHOD, to=to, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_incs_own_load_brings_the_merged_layers_back(tmp_path, dtype):
+    with quiet():
+        from transformers import AutoModelForCausalLM
+
+        folder = make_model(tmp_path / "model")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    method = fa.LoRA(rank=2, targets=["q_proj", "down_proj"])
+    params = randomized(fa.init(method, model, generator=seeded()), 0)
+    ids = {"input_ids": torch.arange(24).reshape(2, 12)}
+    amax = fa.input_amax(model, params, method, [ids])
+    merged = fa.merged_model(model, params, method, to="inc-fp8", amax=amax)
+    assert_pure(lambda: save_inc_model(merged, tmp_path / "out"), merged, model)
+    assert not hasattr(merged.config, "quantization_config")
+    with quiet():
+        back = load(str(tmp_path / "out"), format="huggingface", device="cpu").eval()
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or path == "lm_head":
+            continue
+        ours, theirs = merged.get_submodule(path), back.get_submodule(path)
+        assert type(theirs) is (PatchedLinear if path in params else nn.Linear)
+        x = torch.randn(3, module.in_features, generator=seeded()).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(theirs(x), ours(x))
+    if dtype == torch.float32:  # INC's load puts the rotary frequencies in bfloat16 with the rest
+        with torch.no_grad():
+            assert torch.equal(back(**ids).logits, merged(**ids).logits)
+    with pytest.raises(UnsupportedLayerError, match="no FP8 layer"):
+        save_inc_model(model, tmp_path / "none")

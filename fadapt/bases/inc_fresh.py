@@ -66,7 +66,7 @@ def empty_inc(like: Base, amax: float) -> IncFp8:
     return replace(
         found,
         weight=torch.empty(n_in, n_out, dtype=found.weight.dtype, device=like.device),
-        scale=torch.ones(n_out, 1, device=like.device),
+        scale=torch.ones(n_out, 1, dtype=found.scale.dtype, device=like.device),
     )
 
 
