@@ -12,6 +12,8 @@ import gc
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,6 @@ def peak_kib() -> int:
     """The most memory that this process has had, since the last reset."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-
-def now_kib() -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
 
 
 def reset_peak() -> int:
@@ -90,78 +87,72 @@ def measure(width: int, name: str, granularity: str, rounding: str) -> None:
     print(peak, peak - output)
 
 
-def folder(layers: int, width: int, to: str | None) -> None:
-    """Merge into a folder of ``layers`` square-ish blocks; print its MiB and the peak's."""
+def folder(root: str, layers: int, width: int) -> float:
+    """Write a random bfloat16 model and an adapter; the MiB of its files."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        vocab_size=1024,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(f"{root}/model", max_shard_size="200MB")
+    method = fa.LoRA(rank=RANK, targets="all-linear", exclude=["lm_head"])
+    fresh = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    fa.save_peft(f"{root}/adapter", fresh, method)
+    return sum(f.stat().st_size for f in Path(root, "model").glob("*.safetensors")) / 2**20
+
+
+def stream(to: str, *sizes: str) -> None:
+    """Merge folders, the first to load what is loaded on first use; print the last one's MiB, and
+    its peak of anonymous memory: pages of the mapped files, which the kernel may drop at any time,
+    are not in it."""
     from fadapt.merge_folder import merge_folder
+    from fadapt.models import quiet
 
-    with tempfile.TemporaryDirectory() as root:
-        config = LlamaConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            vocab_size=1024,
-        )
-        model = LlamaForCausalLM(config).bfloat16()
-        model.save_pretrained(f"{root}/model", max_shard_size="200MB")
-        method = fa.LoRA(rank=RANK, targets="all-linear", exclude=["lm_head"])
-        fa.save_peft(
-            f"{root}/adapter",
-            fa.init(method, model, generator=torch.Generator().manual_seed(0)),
-            method,
-        )
-        del model
-        gc.collect()
-        size = sum(f.stat().st_size for f in Path(root, "model").glob("*.safetensors"))
-        code = (
-            "import sys, pathlib; sys.path.insert(0, sys.argv[1]);"
-            "from merge_memory import anonymous; anonymous(*sys.argv[2:])"
-        )
-        command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), root]
-        done = subprocess.run([*command, to or ""], capture_output=True, text=True, check=True)
-        kind = "its own format" if to is None else to
-        print(f"{size / 2**20:>8.0f} MiB into {kind:<16} {done.stdout.strip()}")
-        assert merge_folder is not None
+    for size in sizes:
+        layers, width = map(int, size.split("x"))
+        with tempfile.TemporaryDirectory() as root:
+            with quiet():
+                written = folder(root, layers, width)
+            gc.collect()
+            most, over = [0], threading.Event()
+            before = anonymous_kib()
+
+            def watch(most: list[int] = most, over: threading.Event = over) -> None:
+                while not over.is_set():
+                    most[0] = max(most[0], anonymous_kib())
+                    time.sleep(0.002)
+
+            thread = threading.Thread(target=watch)
+            thread.start()
+            model, adapter, out = (Path(root, name) for name in ("model", "adapter", "out"))
+            merge_folder(model, [adapter], out, to=None if to == "-" else to)
+            over.set()
+            thread.join()
+    print(written, (most[0] - before) / 1024)
 
 
-def anonymous(root: str, to: str) -> None:
-    """Merge the folder, and print the largest anonymous memory: the map of the files, which the
-    kernel can drop at any time, is not in it."""
-    import threading
-    import time
-
-    from fadapt.merge_folder import merge_folder
-
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            with open("/proc/self/status") as file:
-                most[0] = max(most[0], *(int(r.split()[1]) for r in file if "RssAnon" in r))
-            time.sleep(0.002)
-
-    start = time.perf_counter()
+def anonymous_kib() -> int:
     with open("/proc/self/status") as file:
-        before = next(int(r.split()[1]) for r in file if "RssAnon" in r)
-    thread = threading.Thread(target=watch)
-    thread.start()
-    merge_folder(Path(root, "model"), [Path(root, "adapter")], Path(root, "out"), to=to or None)
-    over.set()
-    thread.join()
-    seconds = time.perf_counter() - start
-    print(f"{(most[0] - before) / 1024:>8.0f} MiB at the peak, {seconds:.0f} s")
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--line", nargs=3, help="print one line's numbers")
+    parser.add_argument("--stream", nargs="+", help="the same of a folder")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.line:
         measure(args.width, *args.line)
+        return
+    if args.stream:
+        stream(*args.stream)
         return
     print(machine("cpu"))
     print(f"int8 {args.width} x {args.width}:          peak MiB   beyond the output")
@@ -170,9 +161,14 @@ def main() -> None:
         done = subprocess.run([*command, *line], capture_output=True, text=True, check=True)
         peak, beyond = map(float, done.stdout.split()[-2:])
         print(f"{' '.join(line):28}{peak:>10.1f}{beyond:>12.1f}", flush=True)
-    print("fadapt merge of a whole folder, bfloat16:")
-    for to in (None, "int8"):
-        folder(12, 1024, to)
+    print("fadapt merge of a folder, bfloat16, layers x width:     files MiB   peak MiB")
+    for to in ("-", "int8"):
+        for size in ("3x1024", "12x1024", "24x1024"):
+            command = [sys.executable, "-W", "ignore", __file__, "--stream", to, "1x64", size]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            files, peak = map(float, done.stdout.split()[-2:])
+            kind = "as it is" if to == "-" else f"into {to}"
+            print(f"{size:>10} {kind:28}{files:>16.0f}{peak:>11.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.lora_conv import ConvLoRA as _ConvLoRA  # noqa: F401 - registers it
 from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.merge_report import LayerReport, MergeReport, merge_report
-from fadapt.merging import merge, merged_model, unmerge
+from fadapt.merging import merge, merged_model
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
 from fadapt.peft import load_peft, save_peft
@@ -28,6 +28,7 @@ from fadapt.progress import progress_bar
 from fadapt.random import dropout_seeds
 from fadapt.remainder import merge_with_remainder
 from fadapt.stacking import StackedLoRA, stack, unstack
+from fadapt.unmerging import unmerge, unmerged_model
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [
     "scale_by",
     "stack",
     "unmerge",
+    "unmerged_model",
     "unstack",
     "value_and_grad",
 ]

@@ -1,16 +1,16 @@
-"""Merging adapters into the weights of their base, and back: pure functions that return new ones.
+"""Merging adapters into the weights of their base: pure functions that return new ones.
 
 Each layer is dequantized, adapted and rounded once, by blocks of rows, to the format that it had;
 the format is read off the layer, and so no configuration is needed.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fadapt.adapted import Adapted, unmerged, unmerged_bias
+from fadapt.adapted import Adapted
 from fadapt.aqlm_merge import Recode, encoded, recoded, refuse
 from fadapt.bases import Base, Conv, Dense, Embedding
 from fadapt.bases.grid import Gridded
@@ -20,7 +20,7 @@ from fadapt.functional import join, share
 from fadapt.layer_merge import Merged, merge_layer, with_bias
 from fadapt.plan import Plan, check_untied, plan
 from fadapt.rounding import Rounding
-from fadapt.undo import record, restore
+from fadapt.undo import record
 
 Progress = Callable[[str, int, int], Any]
 
@@ -79,7 +79,7 @@ def merge(model: nn.Module, params: Any, method: Any, *, undo: bool = False, **o
                 f"layer {path!r}: a {type(layer).__name__} cannot hold a weight of another format. "
                 "fadapt.merged_model puts a fitting layer in its place."
             )
-        state |= {join(path, name): t for name, t in _named(layer, merged.base).items()}
+        state |= {join(path, name): t for name, t in named(layer, merged.base).items()}
         if undo:
             back[path] = _record(todo, adapted, merged, path)
     return (state, back) if undo else state
@@ -107,83 +107,40 @@ def merged_model(
         'Linear'
     """
     todo = plan(model, params, method, options.get("safe", True))
-    shell, back = share(model, {}), _old_biases(model, todo) if undo else {}
-    names = {id(m): path for path, m in shell.named_modules()}
-    aliases: dict[str, list[str]] = {}
-    for alias, module in shell.named_modules(remove_duplicate=False):
-        aliases.setdefault(names[id(module)], []).append(alias)
-    for path, adapted, merged in merge_layers(todo, **options):
-        layer = rebuilt(shell.get_submodule(path), adapted.base, merged.base)
-        for alias in aliases[path]:
-            if alias:
-                shell.set_submodule(alias, layer)
-            else:
-                shell = layer
-        if undo:
-            back[path] = _record(todo, adapted, merged, path)
+    back: dict[str, Any] = _old_biases(model, todo) if undo else {}
+
+    def fresh() -> Iterator[tuple[str, Any, Any]]:
+        for path, adapted, merged in merge_layers(todo, **options):
+            if undo:
+                back[path] = _record(todo, adapted, merged, path)
+            yield path, adapted.base, merged.base
+
+    shell = with_layers(model, fresh())
     for name, tensor in todo.beside.items():
         put(shell, name, tensor)
     return (shell, back) if undo else shell
 
 
-def unmerge(
-    model: nn.Module,
-    params: Any,
-    method: Any,
-    *,
-    undo: Mapping[str, Any] | None = None,
-    scales: str = "auto",
-) -> dict[str, Tensor]:
-    """The weights of a merged model without the adapter.
+def with_layers(model: nn.Module, layers: Iterable[tuple[str, Any, Any]]) -> nn.Module:
+    """A copy of the model that shares its tensors, with new layers in it.
 
     Args:
-        model: what :func:`merged_model` returned; only read.
-        params, method: what was merged, in the same order.
-        undo: the record of that merge: the result is then the old weights bit for bit. Without it,
-            they are within one step of the grid.
-        scales: without ``undo``: as :func:`merge_layers`.
-
-    Returns:
-        ``{name: tensor}``, for ``functional_call(model, state, x)``.
-
-    Raises:
-        AdapterError: the adapter does not fit; DoRA without ``undo``, whose norms merging has
-            divided out (or give what ``bind(...).prepare`` made on the old model); a record of
-            another merge.
+        model: left as it is.
+        layers: ``(path, the base that is there, the base that is to be)``.
     """
-    todo = plan(model, params, method, True)
-    check_untied(model, list(todo.bases))
-    if todo.saved:
-        raise MergeError(
-            f"the adapter replaces modules whole ({next(iter(todo.saved))!r}, ...): merging keeps "
-            "nothing of the old ones. Take those from the model that was merged."
-        )
-    if todo.biases and undo is None:
-        raise MergeError(
-            f"the adapter trained biases ({next(iter(todo.biases))!r}, ...), and merging put them "
-            "in the place of the old ones. Pass undo=, the record that merge(..., undo=True) "
-            "returns, which holds those."
-        )
-    expected = todo.bases.keys() | todo.others.keys()
-    if undo is not None and undo.keys() != expected:
-        odd = sorted(undo.keys() ^ expected)
-        raise MergeError(f"the undo record is of other layers: {odd[:4]} differ.")
-    state = {join(path, "bias"): (undo or {})[path]["bias"] for path in todo.others}
-    for path, base in todo.bases.items():
-        steps = todo.steps[path]
-        if undo is None and not isinstance(base, Gridded):
-            raise MergeError(
-                f"layer {path!r}: its format ({type(base).__name__}) cannot be rounded to nearest, "
-                "so subtracting the adapter leads nowhere near the old codes. Pass undo=, the "
-                "record that merge(..., undo=True) returns."
-            )
-        if undo is not None:
-            old = restore(base, steps, undo[path], path)
-        else:
-            old = merge_layer(_Unmerged(base, steps), path, Rounding(), scales=scales).base
-        layer = model.get_submodule(path)
-        state |= {join(path, name): t for name, t in _named(layer, old).items()}
-    return state
+    shell = share(model, {})
+    names = {id(m): path for path, m in shell.named_modules()}
+    aliases: dict[str, list[str]] = {}
+    for alias, module in shell.named_modules(remove_duplicate=False):
+        aliases.setdefault(names[id(module)], []).append(alias)
+    for path, old, new in layers:
+        layer = rebuilt(shell.get_submodule(path), old, new)
+        for alias in aliases[path]:
+            if alias:
+                shell.set_submodule(alias, layer)
+            else:
+                shell = layer
+    return shell
 
 
 def merge_layers(
@@ -257,19 +214,6 @@ def _holds(layer: nn.Module, to: str | None, old: Any, new: Any) -> bool:
     return isinstance(layer, nn.Linear) and new.state().keys() <= {"weight", "bias"}
 
 
-class _Unmerged(Adapted):
-    """The base under a merged one: the steps undone, last first."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        return unmerged_bias(self.base.bias, self.steps)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        kind = torch.promote_types(dtype or self.dtype, torch.float32)
-        where = slice(self.start, self.start + self.out_features)
-        return unmerged(self.base.dequantize(kind), self.steps, where).to(kind)
-
-
 def _old_biases(model: nn.Module, todo: Plan) -> dict[str, Any]:
     return {p: {"bias": model.get_parameter(join(p, "bias")).detach()} for p in todo.others}
 
@@ -284,7 +228,7 @@ def _record(todo: Plan, adapted: Adapted, merged: Merged, path: str) -> Any:
     return record(old, new, todo.steps[path], adapted.steps)
 
 
-def _named(layer: nn.Module, base: Any) -> dict[str, Tensor]:
+def named(layer: nn.Module, base: Any) -> dict[str, Tensor]:
     """The base's tensors as this layer holds them."""
     state: dict[str, Tensor] = base.state()
     if type(base).__module__ == "fadapt.bases.aqlm" and hasattr(layer, "codes"):

@@ -113,12 +113,12 @@ def test_a_state_for_a_square_layer_that_has_run():
     """What merging hands a layer lies as that layer holds its codes."""
     from aqlm_layers import quantized, used
 
-    from fadapt.merging import _named
+    from fadapt.merging import named
 
     fresh, ran = quantized((2, 8, 8, 1), 128, 16), used(quantized((2, 8, 8, 1), 128, 16))
     x = torch.randn(2, 128, generator=seeded())
     for layer in (fresh, ran):
-        y = functional_call(layer, _named(layer, fa.base_of(layer)), x)
+        y = functional_call(layer, named(layer, fa.base_of(layer)), x)
         assert torch.equal(y, ran(x))
 
 
