@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fadapt.bases import widen as module
 from fadapt.bases.widen import widen
@@ -65,5 +66,10 @@ def test_what_is_traced_mapped_or_differentiated_goes_torchs_way():
     with FakeTensorMode() as mode:
         fake = widen(mode.from_tensor(codes), mode.from_tensor(scale), torch.float32)
     assert fake.shape == codes.shape
+    graph = make_fx(lambda s: widen(codes, s, torch.float32))(scale)
+    same(graph(2 * scale), codes.float() * (2 * scale))
+    x = torch.ones(16, 16)
+    argument = grad(lambda x, c: (x * widen(c, scale, torch.float32)).sum())(x, codes)
+    assert torch.equal(argument, want)
     compiled = torch.compile(widen, fullgraph=True, backend="eager")
     same(compiled(codes, scale, torch.float32), want)

@@ -56,8 +56,7 @@ def _movable(codes: Tensor, scale: Tensor) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Neither differentiated, nor mapped over, nor traced: it may be read and written freely."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.requires_grad or is_batched(tensor):
+    """Neither differentiated, nor mapped over, nor traced: a number can be read out of it."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.requires_grad:
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return not wrapped and not torch._C._len_torch_dispatch_stack()
+    return not is_batched(tensor) and not torch._C._len_torch_dispatch_stack()
