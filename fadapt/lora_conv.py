@@ -61,9 +61,13 @@ class ConvLoRA(LoRA):
                 f"{list(x.shape)}."
             )
         y: Tensor = base.linear(x)
-        h = x.to(params.lora_A.dtype).reshape(rows.products(x), -1, *x.shape[1:])
-        update = torch.func.vmap(lambda h, *leaf: self._update(base, h, *leaf))
-        moved = update(h, *(rows.pick(t) for t in params)).reshape(y.shape)
+        h = x.to(params.lora_A.dtype)
+        if torch.compiler.is_exporting():
+            moved = self._selected(base, h, rows, *params).reshape(y.shape)
+        else:
+            h = h.reshape(rows.products(x), -1, *x.shape[1:])
+            update = torch.func.vmap(lambda h, *leaf: self._update(base, h, *leaf))
+            moved = update(h, *(rows.pick(t) for t in params)).reshape(y.shape)
         return keep_base(y + moved.to(y.dtype), y, rows)
 
     def leaf(self, base: Any, A: Tensor, B: Tensor) -> LoRAParams:
@@ -78,6 +82,17 @@ class ConvLoRA(LoRA):
         if bias is None:
             return mixed
         return mixed + (bias * self.scaling).reshape(-1, *[1] * (A.dim() - 2))
+
+    def _selected(
+        self, base: Any, x: Tensor, rows: Rows, A: Tensor, B: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`_update` of a batch of any size, which a graph cannot cut into groups: every
+        adapter's A slides over every row, and each takes its own."""
+        assert rows.ids is not None
+        every = base.slide(x, A.flatten(0, 1)).unflatten(1, A.shape[:2])
+        h = every[torch.arange(x.shape[0], device=x.device), rows.ids].flatten(2) * self.scaling
+        moved = torch.bmm(rows.pick(B), h)
+        return moved if bias is None else moved + rows.pick(bias * self.scaling).unsqueeze(-1)
 
     def _delta(self, params: Any, rows: slice) -> Tensor:
         delta: Tensor = (params.lora_B[rows] * self.scaling) @ params.lora_A.flatten(1)

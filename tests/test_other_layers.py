@@ -218,16 +218,19 @@ def test_a_stack_of_adapters_that_differ(method):
         assert error(got, {path: want[path] for path in got}) <= torch.finfo(F64).eps
 
 
+class Rows(nn.Module):
+    """Ids ``[n, m]`` in, and a row's output its own alone."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.emb, self.one, self.two = net.emb, net.one, net.two
+
+    def forward(self, tokens):
+        h = self.one(self.emb(tokens)[:, :2])
+        return self.two(h.unsqueeze(1)).flatten(1)
+
+
 def test_a_mixed_batch_is_the_loop():
-    class Rows(nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.emb, self.one, self.two = net.emb, net.one, net.two
-
-        def forward(self, ids):
-            h = self.one(self.emb(ids)[:, :2])
-            return self.two(h.unsqueeze(1)).flatten(1)
-
     model, method = Rows(net()).eval(), fa.LoRA(rank=2, alpha=6, targets=["emb", "one", "two"])
     adapters = [adapter(method, model, seed) for seed in range(2)]
     many, mixed, forward = fa.stack(adapters), fa.bind_mixed(model, method), fa.bind(model, method)
@@ -258,6 +261,20 @@ def test_a_mixed_batch_is_the_loop():
     one = fa.bind_mixed(model.one, replace(method, targets=""))
     with pytest.raises(AdapterError, match=r"a convolution is \[n, in, \*size\]"):
         one({"": many["one"]}, [0, 1], torch.zeros(2, 8, dtype=F64))
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_mixed_batch_exported(suffix, tmp_path):
+    model = Rows(net(torch.float32)).eval()
+    method = fa.LoRA(rank=2, alpha=6, targets=["emb", "one", "two"])
+    many = fa.stack([adapter(method, model, seed) for seed in range(3)])
+    path, tokens = tmp_path / f"graph{suffix}", torch.arange(8).reshape(4, 2)
+    inputs, dynamic = {"tokens": tokens}, {"tokens": {0: "batch"}}
+    fa.export(model, method, path, bank=many, inputs=inputs, dynamic=dynamic)
+    tokens, worn = torch.tensor([[1, 5], [PAD, 7], [9, PAD]]), [2, -1, 0]
+    want = fa.bind_mixed(model, method)(many, worn, tokens)
+    (got,) = fa.load_export(path)(worn, {"tokens": tokens}, many)
+    assert error(got, want) <= 32 * torch.finfo(torch.float32).eps
 
 
 def test_dropout_acts_on_the_image_and_not_on_ids():
