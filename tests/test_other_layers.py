@@ -8,7 +8,7 @@ import torch
 from cases import BaseRow, Case, K, randomized
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transforms import TRANSFORMS, error, loss, plain_grads
@@ -427,6 +427,60 @@ def test_a_transformers_embedding_both_ways(tmp_path):
     assert "model.embed_tokens" not in fa.init(
         fa.LoRA(rank=2), model, generator=torch.Generator().manual_seed(0)
     )
+
+
+def test_peft_s_pissa_leaves_an_embedding_whole(tmp_path):
+    class Small(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.emb, self.up = net.emb, nn.Linear(8, 6)
+
+        def forward(self, tokens):
+            return self.up(self.emb(tokens))
+
+    model, tokens = Small(net(torch.float32)), torch.tensor([[1, PAD, 7]])
+    config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["emb", "up"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wrapped = get_peft_model(copy.deepcopy(model), config)
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path, save_embedding_layers=False)
+    params, method = fa.load_peft(tmp_path, model)
+    got, want = fa.bind(model, method)(params, tokens), wrapped(tokens)
+    # An SVD of W, its residual, and two products of a dozen terms.
+    assert error(got, want) <= 128 * torch.finfo(torch.float32).eps
+
+
+def test_the_bases_and_the_lower_dtypes():
+    model = net(torch.bfloat16)
+    for path in KINDS:
+        layer = model.get_submodule(path)
+        base = fa.base_of(layer)
+        assert base.state()["weight"].data_ptr() == layer.weight.data_ptr()
+        assert torch.equal(base.dequantize(), layer.weight.flatten(1))
+        assert base.dequantize().shape == (base.out_features, base.in_features)
+        assert torch.equal(base.rows(slice(1, 2)).dequantize(), layer.weight[1:2].flatten(1))
+        again = base.requantize(base.dequantize(torch.float32))
+        assert torch.equal(again.state()["weight"], layer.weight)
+        assert {k: t.shape for k, t in base.state().items()} == {
+            k: t.shape for k, t in layer.state_dict().items()
+        }
+    method = replace(METHOD, targets=KINDS)
+    params, x = adapter(method, model), inputs().bfloat16()
+    assert all(t.dtype == torch.float32 for t in tree_leaves(params))
+    fresh = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    forward = fa.bind(model, method)
+    assert torch.equal(forward(fresh, x), forward(None, x))
+    wide = model.double()
+    state = fa.merge(net(torch.bfloat16), params, method)
+    exact = fa.merge(wide, tree_map(Tensor.double, params), method)
+    for name, weight in state.items():
+        assert weight.dtype == torch.bfloat16
+        # Half a step of bfloat16 at the value, and float32's rounding of the sum.
+        bound = exact[name].abs() * 2**-8 * 1.01 + 1e-6
+        assert ((weight.double() - exact[name]).abs() <= bound).all()
 
 
 def test_what_passes_to_peft_and_what_does_not(tmp_path):
