@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int4Tensor
+from torchao.quantization import Int4Tensor, Int4TilePackedTo4dTensor
 from torchao_int8 import VERSION
 
 
@@ -48,6 +48,14 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``x W^T + b`` in float64, in x's dtype."""
     weight = int4_weight(layer).to(x.device)
     return (x.double() @ weight.mT + layer.bias.double()).to(x.dtype)
+
+
+def tile_packed(layer: nn.Linear, group: int = 32) -> nn.Linear:
+    """On CUDA. Padded to 1024 inputs and to 8 outputs."""
+    layer = layer.cuda()
+    weight = Int4TilePackedTo4dTensor.from_hp(layer.weight.detach(), [1, group])
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def opaque(layer: nn.Linear, group: int = 32) -> nn.Linear:

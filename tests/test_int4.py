@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BF16, F16, F32, dense, randomized
-from int4_layers import int4, int4_weight, opaque
+from int4_layers import int4, int4_weight, opaque, tile_packed
 from torch import nn
 from torch.func import grad
 from torchao.quantization import (
@@ -147,7 +147,6 @@ def test_what_is_packed_for_another_kernel_says_what_is_read():
     scale = torch.ones(2, 16)
     packed = (
         Int4PlainInt32Tensor(zeros, scale, scale, [1, 32], shape),
-        Int4TilePackedTo4dTensor(zeros, scale, [1, 32], shape),
         Int4PreshuffledTensor(zeros, scale, [1, 32], shape, group_zero=scale),
     )
     for weight in packed:
@@ -156,6 +155,53 @@ def test_what_is_packed_for_another_kernel_says_what_is_read():
         named = rf"{type(weight).__name__} is not read.*one kernel.*IntxWeightOnlyConfig.*mslk"
         with pytest.raises(UnsupportedLayerError, match=named):
             fa.base_of(layer)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tinygemm's packing is CUDA's")
+@pytest.mark.parametrize("shape", [(1024, 64), (64, 48), (1536, 44)], ids=str)
+def test_tile_packed_is_unpacked_as_its_kernel_reads_it(shape):
+    n_in, n_out = shape
+    layer = tile_packed(dense(n_in, n_out, BF16).requires_grad_(False))
+    base, weight = fa.base_of(layer), layer.weight
+    params = torch.zeros_like(weight.scale_and_zero)
+    params[..., 0] = 1
+    eye = torch.eye(weight.qdata.shape[1] * 128, device="cuda", dtype=BF16)
+    codes = torch.ops.aten._weight_int4pack_mm(eye, weight.qdata, 32, params).mT
+    assert torch.equal(base.codes().to(BF16), codes[:n_out, :n_in])
+    again = base.requantize(base.dequantize(F32)).state()["weight"]
+    assert type(again) is type(weight.data)
+    if n_in == 1024:  # nothing is padded
+        assert all(map(torch.equal, held(again), held(weight)))
+    x = normal(5, n_in, dtype=BF16).cuda()
+    with torch.no_grad():
+        y = layer(x)
+        layer.weight = nn.Parameter(again, requires_grad=False)
+        assert torch.equal(layer(x), y)
+    # The kernel rounds W, the sum and the bias to bfloat16, as ours does.
+    got = assert_pure(lambda: base.linear(x), layer, x)
+    assert (got - y).abs().max() <= 3 * torch.finfo(BF16).eps * y.abs().max()
+    dx = grad(lambda x: base.linear(x).float().sum())(x)
+    want = base.dequantize().double().sum(0).expand(5, n_in)
+    assert (dx - want).abs().max() <= 2 * torch.finfo(BF16).eps * want.abs().max()
+    merged = fa.merged_model(nn.Sequential(layer), *adapter(nn.Sequential(layer)))
+    y = fa.base_of(merged[0]).linear(x)
+    with torch.no_grad():
+        assert (merged[0](x) - y).abs().max() <= 3 * torch.finfo(BF16).eps * y.abs().max()
+
+
+def adapter(model):
+    method = fa.LoRA(rank=2, alpha=4)
+    params = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    return randomized(params, 0), method
+
+
+def test_tile_packed_is_read_on_cuda_alone():
+    layer = nn.Linear(64, 16)
+    zeros = torch.zeros(2, 1, 32, 4, dtype=torch.int32)
+    weight = Int4TilePackedTo4dTensor(zeros, torch.ones(2, 16, 2), [1, 32], torch.Size([16, 64]))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(UnsupportedLayerError, match=r"\[16, 64\].* on cpu.*tinygemm"):
+        fa.base_of(layer)
 
 
 def test_rounded_activations_are_refused():

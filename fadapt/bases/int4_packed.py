@@ -1,5 +1,6 @@
 """torchao's 4 bit weights that are packed for one kernel of stock torch, read as
-:class:`fadapt.bases.int4.Int4`: ``Int4OpaqueTensor``, a CPU's.
+:class:`fadapt.bases.int4.Int4`: ``Int4OpaqueTensor``, a CPU's, and ``Int4TilePackedTo4dTensor``,
+of CUDA's tinygemm.
 
 How a kernel wants its elements laid out depends on the processor, and no document of torch's says
 it. But the function that packs does: given the index of each element, a digit at a time, it shows
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fadapt.bases.int4 import Int4, pack, unpack
 from fadapt.errors import UnsupportedLayerError
@@ -61,6 +63,62 @@ class _Opaque(NamedTuple):
             act_pre_scale=base.act_pre_scale,
         )
         return tensor
+
+
+def read_tile_packed(weight: Any, module: nn.Linear) -> Int4:
+    """An ``Int4TilePackedTo4dTensor``: the same, where there is the CUDA that it is packed for.
+
+    Raises:
+        UnsupportedLayerError: it is on another device, or its groups do not divide its inputs.
+    """
+    packed, shape, group = weight.qdata.detach(), tuple(weight.shape), weight.block_size[-1]
+    if packed.device.type != "cuda" or len(shape) != 2 or shape[1] % group:
+        raise UnsupportedLayerError(
+            f"An Int4TilePackedTo4dTensor {list(shape)} by groups of {group}, on {packed.device}: "
+            "fadapt reads linears [out, in] of whole groups, on the CUDA device whose kernel "
+            "(torch's tinygemm) they are packed for. Move the layer there."
+        )
+    # Padded to whole tiles, and tiles to 1024 inputs.
+    padded = (8 * packed.shape[0], 128 * packed.shape[1])
+    codes = _unpacked(packed, _pack_for_tinygemm, *padded)[: shape[0], : shape[1]]
+    scale, zero_point = weight.scale_and_zero.detach().unbind(-1)
+    kept = (slice(shape[1] // group), slice(shape[0]))
+    return Int4(
+        qdata=pack(codes.view(torch.int8) - 8),
+        scale=scale[kept].mT,
+        zero_point=zero_point[kept].mT,
+        bias=None if module.bias is None else module.bias.detach(),
+        act_pre_scale=weight.act_pre_scale,
+        form=_TilePacked(type(weight), group, padded),
+    )
+
+
+class _TilePacked(NamedTuple):
+    kind: type
+    group: int
+    padded: tuple[int, int]
+
+    def weight(self, base: Int4) -> Tensor:
+        codes = unpack(base.qdata).to(torch.int32) + 8
+        n_out, n_in = self.padded
+        params = torch.stack([base.scale, base.zero_point], -1).transpose(0, 1)
+        # What pads is multiplied by zeros, or cut off.
+        more = (0, n_in - codes.shape[1], 0, n_out - codes.shape[0])
+        whole = (0, 0, 0, more[3], 0, n_in // self.group - params.shape[0])
+        tensor: Tensor = self.kind(
+            _pack_for_tinygemm(pad(codes, more)),
+            pad(params, whole).contiguous(),
+            [1, self.group],
+            torch.Size(codes.shape),
+            act_pre_scale=base.act_pre_scale,
+        )
+        return tensor
+
+
+def _pack_for_tinygemm(codes: Tensor) -> Tensor:
+    pairs = ((codes[:, ::2] << 4) | codes[:, 1::2]).to(torch.uint8)
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+    return packed
 
 
 def _pack_for_cpu(codes: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ def check_version(found: str) -> tuple[int, ...]:
 # What a 4 bit weight that is not read is packed for.
 _KERNELS = {
     "Int4PreshuffledTensor": "the package mslk's, on CUDA",
-    "Int4TilePackedTo4dTensor": "torch's tinygemm, on CUDA",
     "Int4PlainInt32Tensor": "oneDNN's on XPU, or torch_npu's",
 }
 
@@ -34,6 +33,8 @@ def _read_other(weight: Any, module: nn.Linear) -> Any:
     kind = type(weight).__name__
     if kind == "Int4OpaqueTensor":  # of torchao.prototype, which is not imported for it
         return fadapt.bases.int4_packed.read_opaque(weight, module)
+    if kind == "Int4TilePackedTo4dTensor":
+        return fadapt.bases.int4_packed.read_tile_packed(weight, module)
     why = ""
     if kind in _KERNELS:
         why = f" It is packed for one kernel ({_KERNELS[kind]}), in an order of its own."
@@ -41,7 +42,8 @@ def _read_other(weight: Any, module: nn.Linear) -> Any:
         f"torchao's {kind} is not read.{why} Read are Int8Tensor, Float8Tensor, and of 4 bits "
         "IntxUnpackedToInt8Tensor (IntxWeightOnlyConfig(weight_dtype=torch.int4, "
         "granularity=PerGroup(32))), Int4Tensor (Int4WeightOnlyConfig(), for which torchao needs "
-        "the package mslk) and Int4OpaqueTensor (torchao.prototype's, on a CPU)."
+        "the package mslk), Int4OpaqueTensor (torchao.prototype's, on a CPU) and "
+        "Int4TilePackedTo4dTensor (on CUDA)."
     )
 
 
