@@ -87,9 +87,11 @@ def measure(width: int, name: str, granularity: str, rounding: str) -> None:
     print(peak, peak - output)
 
 
-def folder(root: str, layers: int, width: int) -> float:
-    """Write a random bfloat16 model and an adapter; the MiB of its files."""
+def folder(root: str, size: str) -> None:
+    """Write a random bfloat16 model and an adapter; print the MiB of the model's files."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    layers, width = map(int, size.split("x"))
 
     config = LlamaConfig(
         hidden_size=width,
@@ -103,7 +105,7 @@ def folder(root: str, layers: int, width: int) -> float:
     method = fa.LoRA(rank=RANK, targets="all-linear", exclude=["lm_head"])
     fresh = fa.init(method, model, generator=torch.Generator().manual_seed(0))
     fa.save_peft(f"{root}/adapter", fresh, method)
-    return sum(f.stat().st_size for f in Path(root, "model").glob("*.safetensors")) / 2**20
+    print(sum(f.stat().st_size for f in Path(root, "model").glob("*.safetensors")) / 2**20)
 
 
 def stream(to: str, *sizes: str) -> None:
@@ -111,13 +113,13 @@ def stream(to: str, *sizes: str) -> None:
     its peak of anonymous memory: pages of the mapped files, which the kernel may drop at any time,
     are not in it."""
     from fadapt.merge_folder import merge_folder
-    from fadapt.models import quiet
 
     for size in sizes:
-        layers, width = map(int, size.split("x"))
         with tempfile.TemporaryDirectory() as root:
-            with quiet():
-                written = folder(root, layers, width)
+            # By another process: what making the model freed would be used again here.
+            command = [sys.executable, "-W", "ignore", __file__, "--write", root, size]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            written = float(done.stdout.split()[-1])
             gc.collect()
             most, over = [0], threading.Event()
             before = anonymous_kib()
@@ -146,10 +148,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--line", nargs=3, help="print one line's numbers")
     parser.add_argument("--stream", nargs="+", help="the same of a folder")
+    parser.add_argument("--write", nargs=2, help="make that folder")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.line:
         measure(args.width, *args.line)
+        return
+    if args.write:
+        folder(*args.write)
         return
     if args.stream:
         stream(*args.stream)

@@ -4,6 +4,7 @@ The result is the vendor's own layer, whose forward the vendor runs; W is dequan
 rounded once.
 """
 
+import inc_layers
 import pytest
 import torch
 from aqlm import QuantizedLinear
@@ -122,6 +123,20 @@ def test_into_each_format_rounded_once_and_run_by_its_vendor(row, to):
 
 def prepared(method, params, path, base):
     return method.prepare({path: params[path]}, {path: base})[path]
+
+
+@pytest.mark.parametrize("hp", ["fp32", "bf16"])
+def test_inc_rounds_the_inputs_as_its_own_calibration_does(hp):
+    x = 3.7 * torch.randn(64, 16, generator=seeded()).to(inc_layers.DTYPES[hp])
+    model = nn.Sequential(inc_layers.linear(16, 8)).to(x.dtype)
+    params = fa.init(METHOD, model, generator=seeded())  # changes nothing
+    amax = fa.input_amax(model, params, METHOD, x.split(16))
+    assert amax == {"0": float(x.abs().max())}
+    new = fa.base_of(fa.merged_model(model, params, METHOD, to="inc-fp8", amax=amax)[0])
+    theirs = inc_layers.quantized(nn.Sequential(inc_layers.linear(16, 8)), x, inc_layers.PCS, hp)
+    own = fa.base_of(theirs[0])
+    assert torch.equal(new.act_scale, own.act_scale)
+    assert (new.scale.dtype, new.layer.limit) == (own.scale.dtype, own.layer.limit)
 
 
 @sources
