@@ -5,8 +5,10 @@
 
 Of many adapters, R is small work over much memory. So on a CPU it is built a few blocks at a time,
 which stay in the cache from one operation to the next, and built again in the backward, which saves
-the vectors alone (and R, of the exact form): up to twice as fast. On a GPU the same operations run
-once over all blocks; the exact form is an inverse made of products, whose derivative is R's own.
+the vectors alone (and R, of the exact form): up to twice as fast. On a GPU one kernel builds R and
+one takes the gradient back (``kernels/oft_gpu.py``); without Triton, and in what a transform of
+``torch.func`` differentiates, the same operations run once over all blocks, and the exact form is
+an inverse made of products, whose derivative is R's own.
 """
 
 import math
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from fadapt._function import applied
 from fadapt.bases.op import is_batched
+from fadapt.kernels.eager import readable, usable
 
 Coefficients = tuple[float, ...] | None
 # Of all of R, from where on; and at a time (measured: 32 to 128 blocks of 32 x 32 are alike).
@@ -27,20 +31,20 @@ _CHUNK_BYTES = 2**18
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
-    on_cpu = vectors.device.type == "cpu"
-    if torch.compiler.is_compiling() or not (on_cpu or coefficients is None):
+    if torch.compiler.is_compiling():
         return _plain(vectors, coefficients)
     level = torch._C._functorch.peek_interpreter_stack()
-    if not on_cpu:
-        blockwise = True
+    # Unwrapped by vmap, the stack of them comes here again; any other transform wants the
+    # derivative of the plain form.
+    once = level is None or level.key() == torch._C._functorch.TransformType.Vmap
+    if vectors.device.type != "cpu":
+        blockwise = once or coefficients is None
     elif level is None:
         blockwise = 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
     else:
-        # Unwrapped by vmap, the stack of them comes here again; any other transform wants the
-        # derivative of the plain form.
-        blockwise = level.key() == torch._C._functorch.TransformType.Vmap
+        blockwise = once
     if blockwise:
-        return _Blockwise.apply(vectors, coefficients)  # type: ignore[no-any-return]
+        return _blockwise(vectors, coefficients)  # type: ignore[no-any-return]
     return _plain(vectors, coefficients)
 
 
@@ -163,7 +167,10 @@ class _Blockwise(Function):
     def forward(vectors: Tensor, coefficients: Coefficients) -> Tensor:
         size = size_of(vectors.shape[-1])
         if vectors.device.type != "cpu":
-            return cayley(skew(vectors))
+            gpu = _kernels(vectors, coefficients)
+            if gpu is None:
+                return _plain(vectors, coefficients)
+            return gpu.build(vectors, coefficients)  # type: ignore[no-any-return]
         out = vectors.new_empty(*vectors.shape[:-1], size, size)
         flat, rows = out.view(-1, size, size), vectors.reshape(-1, vectors.shape[-1])
         upper, lower = _triangles(size, vectors.device)
@@ -188,11 +195,15 @@ class _Blockwise(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         vectors, R = ctx.saved_tensors
+        if g.device.type != "cpu" and not torch.is_grad_enabled() and not is_batched(g):
+            gpu = _kernels(vectors, ctx.coefficients)
+            if gpu is not None:
+                return gpu.build_backward(vectors, R, g, ctx.coefficients), None
         if R is not None and g.device.type != "cpu":
             half = (R + eye_like(R)).mT
             return _fold(half @ g @ half / -2), None
         # A derivative of this derivative is wanted, or many at once by torch.autograd's own vmap.
-        if torch.is_grad_enabled() or is_batched(g):
+        if torch.is_grad_enabled() or is_batched(g) or g.device.type != "cpu":
             return _fold(_derivative(skew(vectors).mT, g, ctx.coefficients)), None
         out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
         flat, rows = out.view(-1, out.shape[-1]), vectors.reshape(-1, out.shape[-1])
@@ -217,6 +228,19 @@ class _Blockwise(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, vectors: Tensor, coefficients: Coefficients) -> Any:
         return rotation(vectors.movedim(in_dims[0], 0), coefficients), 0
+
+
+_blockwise = applied(_Blockwise)
+
+
+def _kernels(vectors: Tensor, coefficients: Coefficients) -> Any:
+    """The GPU's kernels, where they take these vectors."""
+    if not usable(vectors, vectors) or not readable(vectors) or not vectors.numel():
+        return None
+    from fadapt.kernels import oft_gpu
+
+    fits = vectors.dtype == torch.float32 and size_of(vectors.shape[-1]) <= oft_gpu.MOST
+    return oft_gpu if fits and oft_gpu.form_of(coefficients) is not None else None
 
 
 def _chunks(blocks: Tensor) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.eager import readable, usable
 from fadapt.lora import LoRA, LoRAParams
 from fadapt.rows import Rows, add_low_rank, keep_base
 
@@ -137,13 +138,22 @@ class DoRA(LoRA):
         B A is ever whole, and under ``vmap`` over adapters W is read once.
         """
         kind = torch.promote_types(params.lora_A.dtype, torch.float32)
+        kernels = _kernels(params)
+        if kernels is not None:
+            A, B = params.lora_A.detach(), params.lora_B.detach()
+            norms = []
+            for rows, part in _row_blocks(base, kind):
+                weight = part.dequantize(kind)
+                of_rows = B if part is base else B[rows]
+                norms.append(kernels.row_norms(weight, _squares(weight), A, of_rows, self.scaling))
+            return norms[0] if len(norms) == 1 else torch.cat(norms)
         A, B = params.lora_A.detach().to(kind), params.lora_B.detach().to(kind).mT
         # Written in place: small results kept between large blocks would fragment the heap.
         squares = torch.empty(base.out_features, dtype=kind, device=base.device)
         products = torch.empty_like(B)
-        for rows in _row_blocks(base, kind):
-            weight = base.rows(rows).dequantize(kind)
-            squares[rows] = torch.linalg.vector_norm(weight, dim=-1).square()
+        for rows, part in _row_blocks(base, kind):
+            weight = part.dequantize(kind)
+            squares[rows] = _squares(weight)
             products[..., rows] = F.linear(A, weight)
         s = self.scaling
         cross = products * (2 * s) + (A @ A.mT) @ B * s**2
@@ -166,12 +176,15 @@ class DoRA(LoRA):
         h = x.to(dtype)
         if keep is not None:
             h = h * keep / (1 - self.dropout)
-        update = F.linear(F.linear(h, params.lora_A) * self.scaling, params.lora_B)
+        h = F.linear(h, params.lora_A)
+        if self.scaling != 1:
+            h = h * self.scaling
+        update = F.linear(h, params.lora_B)
         factor = _factor(params.lora_magnitude, norm).to(dtype)
         plain = y.to(dtype)
         if base.bias is not None:
             plain = plain - base.bias.to(dtype)
-        return y + ((factor - 1) * plain + factor * update).to(y.dtype)
+        return y + torch.addcmul((factor - 1) * plain, factor, update).to(y.dtype)
 
     def apply_rows(self, base: Base, params: Any, rows: Rows, x: Tensor) -> Tensor:
         """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
@@ -227,8 +240,30 @@ def _factor(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(whole, magnitude / torch.where(whole, norm, 1.0), 1.0)
 
 
-def _row_blocks(base: Base, kind: torch.dtype) -> Iterator[slice]:
+def _squares(weight: Tensor) -> Tensor:
+    """``|W|^2`` of each row. A square's root is the number itself, so the norm of a fresh adapter
+    is the same by whichever path."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=-1)
+    return norms.square()
+
+
+def _kernels(params: Any) -> Any:
+    """The GPU's kernels, where they take these parameters: nothing is to be differentiated or
+    mapped."""
+    A, B = params.lora_A, params.lora_B
+    if torch._C._are_functorch_transforms_active() or not usable(A, B) or not readable(A, B):
+        return None
+    from fadapt.kernels import dora_gpu
+
+    return dora_gpu if dora_gpu.takes(A, B) else None
+
+
+def _row_blocks(base: Base, kind: torch.dtype) -> Iterator[tuple[slice, Base]]:
     limit = _BLOCK_BYTES.get(base.device.type, _BLOCK_BYTES_ELSEWHERE)
     step = max(1, math.ceil(limit / (base.in_features * kind.itemsize)))
+    if step >= base.out_features:
+        yield slice(None), base
+        return
     for start in range(0, base.out_features, step):
-        yield slice(start, min(start + step, base.out_features))
+        rows = slice(start, min(start + step, base.out_features))
+        yield rows, base.rows(rows)

@@ -55,7 +55,10 @@ def value_and_grad(
         with torch.enable_grad():
             value = mapped(tree_unflatten(leaves, spec), *args, **kwargs)
             total = value if in_dims is None else value.sum()
-        found = torch.autograd.grad(total, leaves, allow_unused=True)
+        # In this thread. That of a GPU's own costs a small step more than its kernels do: it is
+        # woken for each backward, and its caches are cold.
+        with torch.autograd.set_multithreading_enabled(False):
+            found = torch.autograd.grad(total, leaves, allow_unused=True)
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)
         ]

@@ -18,6 +18,7 @@ from fadapt.bases import Base
 from fadapt.bases.precision import gemm_dtype
 from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.eager import usable
 from fadapt.rows import Rows, keep_base, rotate_rows
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
@@ -267,14 +268,21 @@ class OFT:
         blocks = self.rotation(params)
         if keep is not None:
             blocks = torch.where(keep[:, None, None], blocks, eye_like(blocks))
+        kernels = _kernels(x, blocks)
+        if kernels is not None:
+            return base.linear(kernels.rotate(x, blocks))
         kind = gemm_dtype(blocks)
         return base.linear(_rotate(x.to(kind), blocks.to(kind)).to(x.dtype))
 
     def apply_rows(self, base: Base, params: OFTRotation, rows: Rows, x: Tensor) -> Tensor:
         """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
         blocks = params.rotation
-        kind = gemm_dtype(blocks)
-        turned = rotate_rows(x.to(kind), blocks.to(kind), rows).to(x.dtype)
+        kernels = _kernels(x, blocks)
+        if kernels is not None:
+            turned = kernels.rotate(x, rows.pick(blocks))
+        else:
+            kind = gemm_dtype(blocks)
+            turned = rotate_rows(x.to(kind), blocks.to(kind), rows).to(x.dtype)
         return base.linear(keep_base(turned, x, rows))
 
     def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
@@ -342,6 +350,15 @@ class OFT:
         small = torch.where(converges[..., None], vectors, 0.0)
         series = rotation(small, self._series())
         return torch.where(converges[..., None, None], series, rotation(vectors))
+
+
+def _kernels(x: Tensor, blocks: Tensor) -> Any:
+    """The GPU's kernels, where they take these."""
+    if not usable(x, blocks):
+        return None
+    from fadapt.kernels import oft_gpu
+
+    return oft_gpu if oft_gpu.takes(x, blocks) else None
 
 
 def _rotate(x: Tensor, blocks: Tensor) -> Tensor:

@@ -80,15 +80,18 @@ def rows_of(
         AdapterError: ids that are no integers, or out of range.
     """
     if not isinstance(ids, Tensor):
-        ids = torch.tensor(_integers(ids), dtype=torch.int64)
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
+        given: list[int] | None = _integers(ids)
+        ids = torch.tensor(given, dtype=torch.int64)
+        given = None if torch.compiler.is_compiling() else given
+    elif ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
         raise AdapterError(
             f"ids: expected integers [n], one a row of the batch; got {ids.dtype} "
             f"{list(ids.shape)}."
         )
-    given = _concrete(ids)
-    wrong = sorted({k for k in given or () if not BASE <= k < sum(sizes)})
-    if wrong:
+    else:
+        given = _concrete(ids)
+    if given and (min(given) < BASE or max(given) >= sum(sizes)):
+        wrong = sorted({k for k in given if not BASE <= k < sum(sizes)})
         raise AdapterError(
             f"ids {wrong[:8]} are not in this bank of {sum(sizes)} adapters: an id lies in "
             f"[0, {sum(sizes)}), or is -1 for the base."
@@ -102,7 +105,7 @@ def rows_of(
             live = ids >= 0 if len(sizes) == 1 else (ids >= start) & (ids < stop)
             each.append(Rows(torch.where(live, mine, 0), live))
         else:
-            each.append(_lay_out(mine, [k - start for k in given], size))
+            each.append(_lay_out(mine, [k - start for k in given] if start else given, size))
         start = stop
     return tuple(each)
 
@@ -112,7 +115,8 @@ def _lay_out(ids: Tensor, given: Sequence[int], size: int) -> Rows:
     if not any(live):
         return Rows()
     each, rest = divmod(len(given), size)
-    if not rest and list(given) == [k for k in range(size) for _ in range(each)]:
+    ends = given[0] == 0 and given[-1] == size - 1 and not rest
+    if ends and list(given) == [k for k in range(size) for _ in range(each)]:
         return Rows(ids, grid=ids.reshape(size, each))
     mask = None if all(live) else torch.tensor(live, device=ids.device)
     clamped = ids if mask is None else torch.where(mask, ids, 0)
@@ -230,7 +234,8 @@ def _concrete(ids: Tensor) -> list[int] | None:
         return None
     if ids.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
-    return [int(k) for k in ids.tolist()]
+    found: list[int] = ids.tolist()
+    return found
 
 
 def _integers(ids: Sequence[int]) -> list[int]:

@@ -15,15 +15,15 @@ Three ways in, because no single one passes everything (torch 2.13):
   right.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
+from fadapt._function import applied
 from fadapt.errors import FrozenBaseError
 
 # (x [..., in], static, *tensors) -> [..., out]; `static` is the format's constants, any object.
@@ -175,24 +175,5 @@ def _eager(
             ]
             return torch.stack(each), 0
 
-    # apply() of a Function with setup_context inspects forward's signature at every call, which
-    # costs more than a small product. So its signature is kept; and outside of the transforms,
-    # which alone need setup_context, a Function without it runs.
-    Eager.forward.__signature__ = inspect.signature(Eager.forward)  # type: ignore[attr-defined]
-
-    class Plain(Eager):
-        setup_context = Function.setup_context
-
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, static: Any, *tensors: Tensor) -> Tensor:  # type: ignore[override]
-            Eager.setup_context(ctx, (x, static, *tensors), x)
-            return body(x, static, *tensors)
-
-    def run(x: Tensor, static: Any, *tensors: Tensor) -> Tensor:
-        if torch._C._are_functorch_transforms_active():
-            return Eager.apply(x, static, *tensors)  # type: ignore[no-any-return]
-        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-            return body(x, static, *tensors)  # nothing to record: inference, a plain backward
-        return Plain.apply(x, static, *tensors)  # type: ignore[no-any-return]
-
+    run: Multiply = applied(Eager)
     return run

@@ -1,0 +1,87 @@
+"""When a Triton kernel may be the body of an ``autograd.Function``, and a launch that costs little.
+
+It imports no Triton: ``import fadapt`` reads it.
+"""
+
+import importlib.util
+import os
+import shutil
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+
+@cache
+def _triton() -> bool:
+    # Triton compiles what launches a kernel with the machine's own compiler.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = importlib.util.find_spec("triton") is not None
+    return found and compiler is not None and torch.version.hip is None
+
+
+def usable(x: Tensor, y: Tensor) -> bool:
+    """Whether a Function whose body is a kernel can take these: on a GPU, and nothing compiles or
+    looks on (``make_fx``, ``FlopCounterMode``)."""
+    return (
+        x.is_cuda
+        and y.is_cuda
+        and _triton()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+    )
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether a kernel can read these in a Function's body: no wrappers of a transform or tracer.
+
+    ``torch.func`` never hands one to a body, but the vmap inside ``torch.autograd`` does
+    (``is_grads_batched=True``).
+    """
+    for t in tensors:
+        if type(t) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Kernels as Triton compiled them, by all that it compiles them for. To look that up here costs a
+# third of what Triton's own call does, and a small step is bound by its launches.
+_compiled: dict[Any, Any] = {}
+_MOST = 4096
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: tuple[int, ...],
+    **options: int,
+) -> None:
+    """Run a kernel on the device of its tensors.
+
+    Args:
+        kernel: of ``triton.jit``, whose parameters are the tensors, the numbers, the constants.
+        grid: how many programs.
+        tensors: on one device.
+        numbers: known when it runs.
+        constants: known when it is compiled.
+        **options: Triton's: ``num_warps``, ``num_stages``.
+    """
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, numbers, constants, **options)
+        return
+    kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors]
+    key = (id(kernel), device, numbers, constants, *kinds)
+    ready = _compiled.get(key)
+    if ready is not None:
+        ready[grid](*tensors, *numbers, *constants)
+        return
+    if len(_compiled) >= _MOST:
+        _compiled.clear()
+    _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
