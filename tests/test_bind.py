@@ -295,6 +295,15 @@ def test_a_forward_that_raises_leaves_no_trace():
     assert torch.equal(forward(None, x), model(x))
 
 
+def test_a_buffer_of_two_names_is_given_back():
+    norm = nn.BatchNorm1d(4)
+    model = filled(nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm)).train()
+    method = fa.LoRA(rank=2)
+    params, x = adapter(model, method), torch.ones(2, 4, dtype=F64)
+    forward = fa.bind(model, method)
+    ft.assert_pure(lambda: forward(params, x), model, forward, params)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -315,6 +324,7 @@ def test_adapters_that_do_not_fit(change, message):
     model = filled(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
     method = fa.LoRA(rank=2)
     params, forward = adapter(model, method), fa.bind(model, method)
+    forward(params, torch.ones(2, 4, dtype=F64))  # that one adapter fitted says nothing of the next
     with pytest.raises(AdapterError, match=re.compile(message, re.S)):
         forward(change(params), torch.ones(2, 4, dtype=F64))
 
