@@ -118,7 +118,9 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         both[side] = [float(word) for word in done.stdout.split()]
         print(f"{side:<14} {both[side][0]:>8.0f} ms {both[side][1]:>8.1f} MiB")
-    ratios = [a / b for a, b in zip(both["PEFT"], both["fadapt"], strict=True)]
+    ratios = [
+        a / b if b else float("inf") for a, b in zip(both["PEFT"], both["fadapt"], strict=True)
+    ]
     print(f"{'PEFT / fadapt':<14} {ratios[0]:>8.2f}x   {ratios[1]:>8.2f}x")
     for share in (0.05, 0.01):
         print(f"error of W after {CYCLES} cycles, an update of {share:.0%} of W:")

@@ -41,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the format of every linear layer but the output head: {TARGETS} (default: as it is)",
     )
     parser.add_argument(
-        "--rounding", choices=["nearest", "stochastic"], default="nearest", help="of the weights"
+        "--rounding",
+        choices=["nearest", "search", "stochastic"],
+        default="nearest",
+        help="of the weights",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of --rounding stochastic and --to aqlm"
