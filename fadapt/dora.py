@@ -148,13 +148,22 @@ class DoRA(LoRA):
                 norms.append(kernels.row_norms(weight, _squares(weight), A, of_rows, self.scaling))
             return norms[0] if len(norms) == 1 else torch.cat(norms)
         A, B = params.lora_A.detach().to(kind), params.lora_B.detach().to(kind).mT
-        # Written in place: small results kept between large blocks would fragment the heap.
-        squares = torch.empty(base.out_features, dtype=kind, device=base.device)
-        products = torch.empty_like(B)
-        for rows, part in _row_blocks(base, kind):
+
+        def measured(part: Base) -> tuple[Tensor, Tensor]:
             weight = part.dequantize(kind)
-            squares[rows] = _squares(weight)
-            products[..., rows] = F.linear(A, weight)
+            return _squares(weight), F.linear(A, weight)
+
+        if torch._C._are_functorch_transforms_active():
+            # W itself may be mapped over, under another adapter, and what is not cannot hold it.
+            each = [measured(part) for _, part in _row_blocks(base, kind)]
+            squares = torch.cat([square for square, _ in each], -1)
+            products = torch.cat([product for _, product in each], -1)
+        else:
+            # Written in place: small results kept between large blocks would fragment the heap.
+            squares = torch.empty(base.out_features, dtype=kind, device=base.device)
+            products = torch.empty_like(B)
+            for rows, part in _row_blocks(base, kind):
+                squares[rows], products[..., rows] = measured(part)
         s = self.scaling
         cross = products * (2 * s) + (A @ A.mT) @ B * s**2
         # What is negative, by rounding, is 0: a row that the update cancels.
