@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.errors import AdapterError
-from fadapt.functional import join, layers_of, read, saved_modules, trained_biases
+from fadapt.functional import join, layers_of, read
 from fadapt.method import Method, over
+from fadapt.trained import saved_modules, trained_biases
 
 # The fields that an update is linear in.
 _SCALED = ("lora_B", "lora_embedding_B", "lora_bias")
@@ -100,13 +101,3 @@ def _scale(leaf: Any, scaling: float | Tensor) -> Any:
 
 def _adapted(params: Mapping[str, Any]) -> list[str]:
     return [path for path, leaf in params.items() if hasattr(leaf, "_fields")]
-
-
-def beside(params: Mapping[str, Any], method: Method) -> tuple[list[str], list[str]]:
-    """The entries of an adapter that are no layer's parameters: modules saved whole, and biases."""
-    rest = [path for path, leaf in params.items() if not hasattr(leaf, "_fields")]
-    if method.bias == "none":
-        return rest, []
-    names = method.modules_to_save
-    whole = [p for p in rest if any(p == n or p.endswith(f".{n}") for n in names)]
-    return whole, [p for p in rest if p not in whole]

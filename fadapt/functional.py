@@ -33,11 +33,12 @@ from torch.utils._pytree import tree_leaves
 
 from fadapt.bases import Base, Dense, base_of, is_supported
 from fadapt.checkpointing import keep_adapter
-from fadapt.errors import AdapterError, ConfigError, TargetError, UnsupportedLayerError, near
+from fadapt.errors import AdapterError, ConfigError, UnsupportedLayerError, near
 from fadapt.lending import Lender
 from fadapt.method import Method, over
 from fadapt.random import keep_mask
-from fadapt.targets import find_targets, match_list
+from fadapt.targets import find_targets
+from fadapt.trained import saved_modules, trained_biases
 
 if TYPE_CHECKING:
     from fadapt.composition import Composed
@@ -381,53 +382,6 @@ def layers_of(model: nn.Module, method: Method) -> dict[str, nn.Module]:
         method.layers_pattern,
         method.modules_to_save,
     )
-
-
-def saved_modules(model: nn.Module, method: Method) -> dict[str, list[str]]:
-    """``{path: names of its parameters}`` of the modules that ``modules_to_save`` names."""
-    paths = [name for name, _ in model.named_modules()]
-    found = match_list(method.modules_to_save, paths, "modules_to_save")
-    saved = {p: [n for n, _ in model.get_submodule(p).named_parameters()] for p in sorted(found)}
-    for path in saved:
-        if any(path != other and path.startswith(f"{other}.") for other in saved):
-            raise TargetError(f"modules_to_save: {path!r} lies inside another saved module.")
-    return saved
-
-
-def trained_biases(model: nn.Module, method: Method, bases: Mapping[str, Base]) -> dict[str, str]:
-    """``{path of its entry in the adapter: path of the module}`` of each bias that is trained.
-
-    Args:
-        model: only read.
-        method: its ``bias`` says which.
-        bases: of the adapted layers, whose biases have their entry at ``path.base_layer``, which is
-            where PEFT keeps them.
-
-    Raises:
-        ConfigError: two modules share such a bias.
-    """
-    if method.bias == "none":
-        return {}
-    found = {join(p, "base_layer"): p for p, base in bases.items() if base.bias is not None}
-    if method.bias == "all":
-        inside = (*bases, *saved_modules(model, method))
-        for name, _ in model.named_parameters():
-            path, _, last = name.rpartition(".")
-            if last == "bias" and not any(f"{path}.".startswith(f"{p}.") for p in inside if p):
-                found |= {} if path in bases else {path: path}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if (bias := module._parameters.get("bias")) is not None:
-            owners.setdefault(id(bias), []).append(path)
-    for path in found.values():
-        bias = model.get_submodule(path)._parameters.get("bias")
-        others = [p for p in owners.get(id(bias), []) if not f"{p}.".startswith(f"{path}.")]
-        if others:
-            raise ConfigError(
-                f"bias={method.bias!r}: {path!r} and {others[0]!r} share one bias, and training it "
-                "would give each its own. Give them tensors of their own first."
-            )
-    return found
 
 
 def bias_at(shell: nn.Module, path: str) -> str:

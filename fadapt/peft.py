@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fadapt.adapter import beside
 from fadapt.errors import AdapterError, CheckpointError, ConfigError, FadaptError, listing, near
-from fadapt.functional import bind, join, layers_of, read, saved_modules, trained_biases
+from fadapt.functional import bind, join, layers_of, read
 from fadapt.method import Method, over
 from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
 from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
 from fadapt.peft_targets import check_aliases, saved_by_peft
+from fadapt.trained import beside, saved_modules, trained_biases
 
 _PREFIX = "base_model.model."
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fadapt.adapter import beside, scale_by
+from fadapt.adapter import scale_by
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kinds import Kinds, stack_kinds, unstack_kinds
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import Method
 from fadapt.targets import exact_pattern
+from fadapt.trained import beside
 
 Adapter = Mapping[str, Any]
 
