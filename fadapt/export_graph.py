@@ -20,6 +20,7 @@ Axes = Mapping[str, Mapping[int, str]]
 Call = Callable[[Callable[..., Any], dict[str, Tensor]], Any]
 PAST = "past"  # the only axis that may be empty
 _LARGEST = 2**20  # of any dynamic axis
+_ADAPTERS, _RANK = 3, 5  # of the example
 _RANK_AXES = {"lora_A": 1, "lora_B": 2}  # [K, r, in] and [K, out, r]; of others K alone is free
 
 
@@ -81,7 +82,7 @@ def trace(
 
     sizes = check_axes(inputs, dynamic)
     found, spec = tree_flatten_with_path(bank)
-    leaves = [leaf if bake else _roomy(key, leaf) for key, leaf in found]
+    leaves = [leaf if bake else _example(key, leaf) for key, leaf in found]
     given = [] if bake else leaves
     free = (
         []
@@ -118,15 +119,13 @@ def _rank_axis(key: Any) -> int | None:
     return _RANK_AXES.get(getattr(key[-1], "name", ""))
 
 
-def _roomy(key: Any, leaf: Tensor) -> Tensor:
-    """An example of a leaf like this one, of at least two adapters of at least rank 2: a size of 1
-    would be a constant of the program."""
-    leaf, axis = leaf.detach(), _rank_axis(key)
-    if leaf.shape[0] == 1:
-        leaf = leaf.repeat(2, *[1] * (leaf.dim() - 1))
-    if axis is not None and leaf.shape[axis] == 1:
-        leaf = torch.cat([leaf, torch.zeros_like(leaf)], axis)
-    return leaf.contiguous()
+def _example(key: Any, leaf: Tensor) -> Tensor:
+    """A leaf like this one, of other sizes than 1, which would be constants of the program; and of
+    zeros, as a ``.pt2`` file keeps its examples."""
+    sizes, axis = [_ADAPTERS, *leaf.shape[1:]], _rank_axis(key)
+    if axis is not None:
+        sizes[axis] = _RANK
+    return leaf.new_zeros(sizes)
 
 
 def _trim(program: "ExportedProgram") -> None:

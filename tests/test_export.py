@@ -1,6 +1,7 @@
 """One exported graph of a mixed batch: equal to eager for other sizes, ids and adapters."""
 
 import json
+import zipfile
 
 import onnx
 import pytest
@@ -239,6 +240,17 @@ def test_external_data_and_opset(tmp_path, monkeypatch):
     export(model, method, path, **given, external_data=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.onnx", "graph.onnx.json"]
     check_export(path, model, method)
+
+
+def test_a_bank_that_is_an_input_is_not_in_the_file(tmp_path):
+    model, method, bank = stacked(dense(16, 8), 2, 2, 0)
+    bank = {"0": bank["0"]._replace(lora_A=torch.full((2, 2, 16), 1.2345))}
+    path = tmp_path / "graph.pt2"
+    export(model, method, path, bank=bank, inputs={"input": torch.ones(2, 16)}, dynamic=BATCH)
+    with zipfile.ZipFile(path) as held:
+        for name in held.namelist():
+            assert bank["0"].lora_A[0].numpy().tobytes() not in held.read(name)
+    assert path.stat().st_size < 2**17
 
 
 def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
