@@ -19,9 +19,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 from torchao.quantization import (
     Float8WeightOnlyConfig,
-    Int8DynamicActivationInt8WeightConfig,
     Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
     PerAxis,
     PerGroup,
@@ -29,6 +27,7 @@ from torchao.quantization import (
     PerTensor,
 )
 from torchao.quantization.quant_primitives import MappingType
+from torchao_int8 import dynamic, weight_only
 
 import fadapt as fa
 from fadapt.errors import AdapterError
@@ -50,17 +49,13 @@ def dynamic_int4() -> Any:
     return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=kind)
 
 
-def int8(granularity: Any) -> Callable[[], Any]:
-    return lambda: Int8WeightOnlyConfig(granularity=granularity)
-
-
 # torchao's configurations; None for dense; a method of scales for INC.
 FORMATS: dict[str, Any] = {
     "dense": None,
-    "int8-row": int8(PerRow()),
-    "int8-group": int8(PerGroup(4)),
-    "int8-tensor": int8(PerTensor()),
-    "int8-dynamic": Int8DynamicActivationInt8WeightConfig,
+    "int8-row": lambda: weight_only(PerRow()),
+    "int8-group": lambda: weight_only(PerGroup(4)),
+    "int8-tensor": lambda: weight_only(PerTensor()),
+    "int8-dynamic": dynamic,
     "float8": Float8WeightOnlyConfig,
     "int2-row": intx(2, granularity=PerAxis(0)),
     "int4-group": intx(4, granularity=PerGroup(4)),
@@ -110,11 +105,8 @@ def slack(base: Any, weight: torch.Tensor) -> float:
 
 
 def same_bytes(a: Any, b: Any) -> bool:
-    if hasattr(a, "tensor_data_names"):
-        return all(
-            same_bytes(getattr(a, n), getattr(b, n)) for n in ("qdata", "scale", "zero_point")
-            if getattr(a, n, None) is not None
-        )  # fmt: skip
+    if hasattr(a, "__tensor_flatten__"):
+        return all(same_bytes(getattr(a, n), getattr(b, n)) for n in a.__tensor_flatten__()[0])
     a, b = (t.detach().contiguous().reshape(-1) for t in (a, b))
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
