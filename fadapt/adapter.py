@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.errors import AdapterError
-from fadapt.functional import join, layers_of, read
 from fadapt.method import Method, over
+from fadapt.shell import join, layers_of, read
 from fadapt.trained import saved_modules, trained_biases
 
 # The fields that an update is linear in.

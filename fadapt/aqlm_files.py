@@ -17,7 +17,7 @@ from fadapt.bases.aqlm import aqlm_layer
 from fadapt.bases.aqlm_fresh import encode
 from fadapt.bases.protocol import base_of
 from fadapt.errors import ConfigError, UnsupportedLayerError, listing
-from fadapt.functional import share
+from fadapt.shell import share
 
 
 def quantize_model(

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from fadapt.bases import base_of
 from fadapt.errors import ConfigError, UnsupportedLayerError
-from fadapt.functional import join, share
+from fadapt.shell import join, share
 
 Loss = Callable[[Any, Any], Tensor]
 

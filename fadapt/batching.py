@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.functional import AdaptedLinear, Forward, bind, form_of, join
+from fadapt.functional import Forward, bind, form_of
 from fadapt.kinds import Kinds
 from fadapt.method import Method
 from fadapt.rows import Rows, rows_of
+from fadapt.shell import AdaptedLinear, join
 
 _HELD = "fadapt_rows"
 Ids = Sequence[int] | Tensor | tuple[Rows, ...]

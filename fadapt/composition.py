@@ -17,12 +17,13 @@ from fadapt.adapted import Adapted, Step
 from fadapt.adapter import scale_by
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.functional import AdaptedLinear, Forward, bias_at, bind, join, share
+from fadapt.functional import Forward, bind
 from fadapt.lora import LoRABiasParams, LoRAParams
 from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.method import Method
 from fadapt.oft import OFTParams
 from fadapt.random import keep_mask
+from fadapt.shell import AdaptedLinear, bias_at, join, share
 
 Adapters = Sequence[Mapping[str, Any] | None]
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from fadapt.bank import BASE_NAME, Bank
 from fadapt.bases import Dense, base_of, is_supported
 from fadapt.errors import CheckpointError, UnsupportedLayerError
-from fadapt.functional import join, share
+from fadapt.shell import join, share
 
 
 def check_export(

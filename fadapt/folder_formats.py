@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fadapt.bases import Base
 from fadapt.errors import CheckpointError, ConfigError
 from fadapt.formats import AqlmFormat, like_named, put
-from fadapt.functional import join
 from fadapt.models import quiet
+from fadapt.shell import join
 
 # A folder has one floating dtype: float32, bfloat16 and float16 are no formats of single layers.
 TARGETS = (

@@ -21,11 +21,11 @@ from fadapt.folder_formats import (
     quantized_by,
     skeleton,
 )
-from fadapt.functional import join
 from fadapt.layer_merge import with_bias
 from fadapt.peft import load_peft
 from fadapt.plan import Plan, plan
 from fadapt.shards import Piece, copied, mapped, piece_like, read_header
+from fadapt.shell import join
 
 
 class Folder(NamedTuple):

@@ -21,23 +21,17 @@ activation checkpointing, training mode ``fadapt.value_and_grad`` or ``.backward
 ======================================= ==========================================================
 """
 
-import copy
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from fadapt.bases import Base, Dense, base_of, is_supported
 from fadapt.checkpointing import keep_adapter
-from fadapt.errors import AdapterError, ConfigError, UnsupportedLayerError, near
+from fadapt.errors import AdapterError, ConfigError, near
 from fadapt.lending import Lender
 from fadapt.method import Method, over
-from fadapt.random import keep_mask
-from fadapt.targets import find_targets
+from fadapt.shell import AdaptedLinear, bias_at, join, layers_of, quantized, read, share
 from fadapt.trained import saved_modules, trained_biases
 
 if TYPE_CHECKING:
@@ -45,76 +39,6 @@ if TYPE_CHECKING:
 
 Adapter = Mapping[str, Any]
 Dropout = Tensor | torch.Generator | Mapping[str, Tensor] | None
-
-
-class AdaptedLinear(nn.Module):
-    """A target layer inside a shell: its base, and room for one layer's parameters.
-
-    Attributes:
-        base: the frozen layer.
-        method: the hyperparameters at this layer.
-        base_layer: the layer itself, for code that asks a linear for its ``weight`` or
-            ``in_features``.
-    """
-
-    def __init__(self, layer: nn.Module, base: Base, method: Method, path: str):
-        super().__init__()
-        self.base_layer = layer
-        self.base = base
-        self.method = method
-        self.path = path
-        self.lender: Lender | None = None
-        # Told by the path alone, so that an adapter's masks do not depend on what else is adapted.
-        self.stream = zlib.crc32(path.encode())
-        self.kinds = {k._fields: k for k in (method.params_type, method.prepared_type)}
-        self.fields = list(dict.fromkeys(name for fields in self.kinds for name in fields))
-        for name in (*self.fields, "trained_bias", "dropout_seed", "dropout_keep"):
-            self.register_buffer(name, None, persistent=False)
-        # Hooks that were set on the layer fire as they did.
-        self._forward_hooks = layer._forward_hooks
-        self._forward_hooks_with_kwargs = layer._forward_hooks_with_kwargs
-        self._forward_pre_hooks = layer._forward_pre_hooks
-        self._forward_pre_hooks_with_kwargs = layer._forward_pre_hooks_with_kwargs
-        self.train(layer.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
-
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``; one input, by whatever name the layer itself gives it."""
-        (x,) = (*inputs, *named.values())
-        held = self._buffers
-        given = {n: t for n in self.fields if (t := held[n]) is not None}
-        if not given:
-            if self.lender is not None and not torch.compiler.is_compiling():
-                self.lender.check(self.path)
-            return self.biased().linear(x)
-        params = self.kinds[tuple(given)](**given)
-        return self.method.apply(self.biased(), params, x, self._keep(params, x))
-
-    def biased(self) -> Base:
-        """The base, with a bias that the adapter trains in place of its own."""
-        bias = self._buffers["trained_bias"]
-        return self.base if bias is None else replace(self.base, bias=bias)  # type: ignore[type-var]
-
-    def _keep(self, params: Any, x: Tensor) -> Tensor | None:
-        keep = self._buffers["dropout_keep"]
-        seed = self._buffers["dropout_seed"]
-        if seed is not None:
-            shape = self.method.keep_shape(params, x)
-            return keep_mask(seed + self.stream, shape, self.method.dropout)
-        if keep is None:
-            return None
-        shape = self.method.keep_shape(params, x)
-        if keep.shape != shape or keep.dtype != torch.bool:
-            raise AdapterError(
-                f"layer {self.path!r}: expected a dropout mask torch.bool {list(shape)} for an "
-                f"input {list(x.shape)}; got {keep.dtype} {list(keep.shape)}."
-            )
-        return keep
 
 
 class Forward:
@@ -339,7 +263,7 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
         path = names.get(id(module))
         if path is None:
             below = any(f"{alias}.".startswith(f"{p}.") for p in (*saved, *names.values()))
-            held = None if below or not alias else _quantized(shell.get_submodule(alias))
+            held = None if below or not alias else quantized(shell.get_submodule(alias))
             if held is not None:
                 layer = shell.get_submodule(alias)
                 kept = frozen.setdefault(id(module), AdaptedLinear(layer, held, method, alias))
@@ -355,75 +279,6 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
             shell = layers[path]
     bases = {path: layer.base for path, layer in layers.items()}
     return Forward(shell, layers, saved, method, trained_biases(model, method, bases))
-
-
-def _quantized(layer: nn.Module) -> Base | None:
-    """The base of a layer that is not adapted, unless it is dense.
-
-    Our op stands in for the vendor's there too: some raise under a transform, or in a backward
-    through them, and AQLM's writes to its codes.
-    """
-    if isinstance(layer, AdaptedLinear) or not is_supported(layer):
-        return None
-    try:
-        base = base_of(layer)
-    except UnsupportedLayerError:
-        return None
-    return None if isinstance(base, Dense) else base
-
-
-def layers_of(model: nn.Module, method: Method) -> dict[str, nn.Module]:
-    """The layers of ``model`` that ``method`` adapts, by path."""
-    return find_targets(
-        model,
-        method.targets,
-        method.exclude,
-        method.layers_to_transform,
-        method.layers_pattern,
-        method.modules_to_save,
-    )
-
-
-def bias_at(shell: nn.Module, path: str) -> str:
-    """Where the shell takes the trained bias of the module at ``path``."""
-    adapted = isinstance(shell.get_submodule(path), AdaptedLinear)
-    return join(path, "trained_bias" if adapted else "bias")
-
-
-def read(path: str, layer: nn.Module) -> Base:
-    """``base_of``, with the path in the error."""
-    try:
-        return base_of(layer)
-    except UnsupportedLayerError as error:
-        raise UnsupportedLayerError(f"layer {path!r}: {error}") from error
-
-
-def share(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the module tree that shares every tensor with the model, detached.
-
-    Args:
-        model: left as it is.
-        state: tensors that stand in for those of the model with these names.
-    """
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named |= dict(model.named_buffers(remove_duplicate=False))
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        # vars() holds parameters, buffers, and tensors kept as plain attributes.
-        for tensor in tree_leaves(vars(module)):
-            if isinstance(tensor, Tensor):
-                memo[id(tensor)] = _frozen(tensor, tensor)
-    for name, tensor in state.items():
-        if name not in named:
-            raise AdapterError(f"state: the model has no tensor {name!r}.{near(name, named)}")
-        memo[id(named[name])] = _frozen(tensor, named[name])
-    return copy.deepcopy(model, memo)
-
-
-def _frozen(tensor: Tensor, like: Tensor) -> Tensor:
-    if isinstance(like, nn.Parameter):
-        return nn.Parameter(tensor.detach(), requires_grad=False)
-    return tensor.detach()
 
 
 def form_of(params: Adapter) -> Any:
@@ -446,8 +301,3 @@ def _parts(leaf: Any) -> Iterable[Any]:
     if isinstance(leaf, Mapping):
         return leaf.values()
     return leaf if isinstance(leaf, tuple) else ()
-
-
-def join(path: str, name: str) -> str:
-    """``path.name``; the model itself has the path ``""``."""
-    return f"{path}.{name}" if path else name

@@ -11,8 +11,8 @@ from fadapt.bases.inc_fp8 import IncFp8
 from fadapt.bases.inc_fresh import METHOD
 from fadapt.bases.protocol import base_of
 from fadapt.errors import UnsupportedLayerError, listing
-from fadapt.functional import share
 from fadapt.quieting import quiet
+from fadapt.shell import share
 
 
 def save_inc_model(model: Any, folder: str | Path) -> None:

@@ -16,10 +16,10 @@ from fadapt.bases import Base, Conv, Dense, Embedding
 from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError, MergeError
 from fadapt.formats import AqlmFormat, like_named, put, rebuilt
-from fadapt.functional import join, share
 from fadapt.layer_merge import Merged, merge_layer, with_bias
 from fadapt.plan import Plan, check_untied, plan
 from fadapt.rounding import Rounding
+from fadapt.shell import join, share
 from fadapt.undo import record
 
 Progress = Callable[[str, int, int], Any]

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fadapt.errors import AdapterError, CheckpointError, ConfigError, FadaptError, listing, near
-from fadapt.functional import bind, join, layers_of, read
+from fadapt.functional import bind
 from fadapt.method import Method, over
 from fadapt.peft_config import Format, format_named, format_of, read_config, write_config
 from fadapt.peft_files import WEIGHTS, read_json, read_tensors, write
 from fadapt.peft_targets import check_aliases, saved_by_peft
+from fadapt.shell import join, layers_of, read
 from fadapt.trained import beside, saved_modules, trained_biases
 
 _PREFIX = "base_model.model."

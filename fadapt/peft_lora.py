@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fadapt.bases import Conv, Dense, Embedding
 from fadapt.errors import AdapterError, CheckpointError
-from fadapt.functional import layers_of, read
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.lora_embedding import LoRAEmbeddingParams
 from fadapt.peft_config import Format
+from fadapt.shell import layers_of, read
 
 _OPTIONS = {
     "r": 8,

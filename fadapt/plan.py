@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_flatten_with_path
 from fadapt.adapted import Adapted, Step
 from fadapt.bases import Base
 from fadapt.errors import AdapterError, ConfigError, MergeError, listing
-from fadapt.functional import bind, join
+from fadapt.functional import bind
+from fadapt.shell import join
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from fadapt.aqlm_merge import Recode
 from fadapt.bases.grid import Gridded
 from fadapt.errors import ConfigError
-from fadapt.functional import join
 from fadapt.layer_merge import Merged, with_bias
 from fadapt.lora import LoRA
 from fadapt.merging import merge_layers
 from fadapt.method import over
 from fadapt.plan import check_untied, plan
+from fadapt.shell import join
 from fadapt.targets import exact_pattern
 
 

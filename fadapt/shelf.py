@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fadapt.bases import Base
 from fadapt.errors import ConfigError, listing, near
-from fadapt.functional import layers_of, read
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.method import over
+from fadapt.shell import layers_of, read
 from fadapt.targets import exact_pattern
 
 # Where a leaf starts in its row: on a boundary that every kernel's loads are aligned to.

@@ -116,7 +116,7 @@ def _number(path: Path) -> int:
 
 def _headline(job: Any) -> str:
     from fadapt.bases import base_of
-    from fadapt.functional import layers_of
+    from fadapt.shell import layers_of
 
     kinds: dict[str, int] = {}
     for layer in layers_of(job.model, job.unit).values():

@@ -31,11 +31,11 @@ from torch.utils._pytree import tree_map
 from fadapt.adapter import init
 from fadapt.bases import base_of, is_supported
 from fadapt.dora import DoRA
-from fadapt.functional import layers_of
 from fadapt.lora import LoRA
 from fadapt.method import Method
 from fadapt.oft import CAYLEY, OFT
 from fadapt.purity import assert_pure
+from fadapt.shell import layers_of
 
 __all__ = [
     "assert_pure",

@@ -14,11 +14,11 @@ from fadapt.adapted import Adapted, unmerged, unmerged_bias
 from fadapt.bases.grid import Gridded
 from fadapt.errors import MergeError
 from fadapt.formats import put
-from fadapt.functional import join
 from fadapt.layer_merge import merge_layer
 from fadapt.merging import named, with_layers
 from fadapt.plan import Plan, check_untied, plan
 from fadapt.rounding import Rounding
+from fadapt.shell import join
 from fadapt.undo import restore
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fadapt.bases import fp8, int8
+from fadapt.bases import fp8, int8_product
 from fadapt.kernels import gpu, scaled_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -31,7 +31,7 @@ def test_int8(dtype, scale_dtype, group, zero):
         scale = draw(shape[0], groups).abs().to(scale_dtype)
         zeros = (50 * draw(shape[0], groups)).clamp(-128, 127).to(torch.int8) if zero else None
         assert scaled_gpu.usable(codes, scale, zeros, dtype)
-        want = int8._dequantize(codes, scale, zeros, dtype)
+        want = int8_product.dequantize(codes, scale, zeros, dtype)
         assert torch.equal(scaled_gpu.dequantize(codes, scale, zeros, dtype), want)
         assert torch.equal(scaled_gpu.dequantize(codes, None, None, dtype), codes.to(dtype))
 

@@ -15,7 +15,8 @@ from torchao.dtypes.uintx.plain_layout import PlainAQTTensorImpl
 from torchao.quantization.linear_activation_quantized_tensor import LinearActivationQuantizedTensor
 from torchao.quantization.quant_primitives import ZeroPointDomain
 
-from fadapt.bases.int8 import Activation, Int8
+from fadapt.bases.int8 import Int8
+from fadapt.bases.int8_product import Activation
 from fadapt.bases.intx import Intx
 from fadapt.bases.protocol import register_weight
 from fadapt.errors import UnsupportedLayerError

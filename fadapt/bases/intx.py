@@ -15,7 +15,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.dense import check_weight_shape
 from fadapt.bases.grid import Grid, requantize
-from fadapt.bases.int8 import _dequantize, scaled
+from fadapt.bases.int8_product import dequantize, scaled
 from fadapt.bases.op import FrozenLinear
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import Base, register_weight
@@ -86,7 +86,7 @@ class Intx:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W ``[out, in]``; in the base's own dtype bit for bit torchao's ``dequantize``."""
-        return _dequantize(self.qdata, self.scale, self.zero_point, dtype or self.dtype)
+        return dequantize(self.qdata, self.scale, self.zero_point, dtype or self.dtype)
 
     def requantize(self, weight: Tensor, scales: str = "auto") -> "Intx":
         """W ``[out, in]`` on this base's grid, or on a wider one where it does not fit.
