@@ -23,7 +23,7 @@ from fadapt.folder_formats import (
 )
 from fadapt.layer_merge import with_bias
 from fadapt.peft import load_peft
-from fadapt.plan import Plan, plan
+from fadapt.plan import Plan, plan, tied
 from fadapt.shards import Piece, copied, mapped, piece_like, read_header
 from fadapt.shell import join
 
@@ -63,6 +63,7 @@ def read_folder(
     files, config = _check(model, out)
     headers = {file: read_header(file) for file in files}
     shell = skeleton(model, config)
+    together = _tied(shell)
     metadata: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     for file, (about, entries) in headers.items():
@@ -106,6 +107,10 @@ def read_folder(
     for name in (*owners, *todo.beside):
         if name not in names:
             raise _missing(name, names, model)
+        others = together.get(name, set()) - names
+        if others:  # where a file holds them too, transformers reads them apart
+            path, *rest = (n.rpartition(".")[0] for n in (name, *sorted(others)))
+            raise tied(path, rest)
     laid = _lay_out(headers, owners, parts, todo.beside)
     every = [piece.name for pieces in laid.values() for piece in pieces]
     wide = {n: t for n, t in described.items() if t != PLAIN}
@@ -139,6 +144,14 @@ def _lay_out(
                 pieces.append(piece._replace(source=None) if name in saved else piece)
         files[file] = pieces
     return files
+
+
+def _tied(shell: nn.Module) -> dict[str, set[str]]:
+    """``{name: the other names of the same parameter}``, of a model whose weights are not in yet."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in shell.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: found - {name} for found in names.values() for name in found if len(found) > 1}
 
 
 def _linears(shell: Any) -> tuple[list[str], list[str]]:

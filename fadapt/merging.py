@@ -70,7 +70,7 @@ def merge(model: nn.Module, params: Any, method: Any, *, undo: bool = False, **o
         True
     """
     todo = plan(model, params, method, options.get("safe", True))
-    check_untied(model, list(todo.bases))
+    check_untied(model, todo.owners)
     state, back = todo.beside, _old_biases(model, todo) if undo else {}
     for path, adapted, merged in merge_layers(todo, **options):
         layer = model.get_submodule(path)

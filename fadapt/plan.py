@@ -49,6 +49,11 @@ class Plan:
             found = found.then(method, params, path)
         return found
 
+    @property
+    def owners(self) -> list[str]:
+        """The paths of all modules that get tensors of their own: layers, and saved modules."""
+        return [*self.bases, *dict.fromkeys(name.rpartition(".")[0] for name in self.saved)]
+
     def only(self, path: str) -> "Plan":
         """The plan for one of the layers."""
         name = join(path, "bias")
@@ -118,11 +123,16 @@ def check_untied(model: nn.Module, paths: Sequence[str]) -> None:
         for tensor in (*layer._parameters.values(), *layer._buffers.values()):
             others = [name for name in owners.get(id(tensor), []) if name != path]
             if others:
-                raise MergeError(
-                    f"layer {path!r} shares its weight with {listing(others)}: merging into it "
-                    "would change both. fadapt.merged_model gives this layer a weight of its own; "
-                    "or leave it out of the method's targets (exclude=)."
-                )
+                raise tied(path, others)
+
+
+def tied(path: str, others: Sequence[str]) -> MergeError:
+    """The error for a layer whose weight is that of other modules too."""
+    return MergeError(
+        f"layer {path!r} shares its weight with {listing(others)}: merging into it would change "
+        "both. fadapt.merged_model gives this layer a weight of its own; or leave it out of the "
+        "method's targets (exclude=) and its modules_to_save."
+    )
 
 
 def _pairs(params: Any, method: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:

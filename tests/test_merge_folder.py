@@ -231,6 +231,31 @@ TARGETS = ["int8", "int8-group8", "int8-dynamic", "float8", "int4-group8", "aqlm
 ROUNDINGS = {"int4-group8": "search", "int8-dynamic": "stochastic"}
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_tied_embedding_is_refused_and_one_of_its_own_is_merged(small, tmp_path, saved):
+    """In a tied folder the embedding's tensor is the head's too, which the adapter leaves alone."""
+    model, ids = load(small[0]), torch.arange(8)[None]
+    targets, whole = (["q_proj"], ["embed_tokens"]) if saved else (["embed_tokens"], [])
+    method = fa.LoRA(rank=2, targets=targets, modules_to_save=whole)
+    fresh = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    params = randomized(fresh, 0)
+    fa.save_peft(tmp_path / "adapter", params, method)
+    with pytest.raises(MergeError, match=r"'model.embed_tokens' shares its weight with 'lm_head'"):
+        merge_folder(small[0], [tmp_path / "adapter"], tmp_path / "out")
+    with pytest.raises(MergeError, match=r"'model.embed_tokens' shares its weight with 'lm_head'"):
+        fa.merge(model, params, method)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter"]
+    # Where the file holds both, transformers reads them apart as soon as they differ.
+    shutil.copytree(small[0].parent / "whole", tmp_path / "both")
+    tensors = load_file(tmp_path / "both" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "both" / "model.safetensors", {"format": "pt"})
+    merge_folder(tmp_path / "both", [tmp_path / "adapter"], tmp_path / "out")
+    with torch.no_grad():
+        got, want = load(tmp_path / "out")(ids).logits, fa.bind(model, method)(params, ids).logits
+    assert float((got - want).norm() / want.norm()) < 1e-5  # float32 sums
+
+
 @pytest.fixture(scope="module")
 def written(small, tmp_path_factory):
     """The folder written in each format."""
