@@ -19,11 +19,13 @@ from fadapt.export_cache import decoder_inputs, output_names, with_cache
 from fadapt.export_graph import Axes, check_axes, trace
 from fadapt.export_manifest import (
     check_export,
+    count_of,
     data_of,
     ids_of,
     leaf_names,
     of_source,
     plain_bank,
+    scalings_of,
     write_manifest,
 )
 from fadapt.export_onnx import write_onnx
@@ -92,9 +94,9 @@ def export(
         ``path``.
 
     Raises:
-        ConfigError: another suffix, an axis of 1, no axis named ``"batch"``; inputs that
-            ``kv_cache`` makes itself; a model whose cache is of another kind; an operation that
-            ONNX does not have.
+        ConfigError: another suffix, a folder, an axis of 1, no axis named ``"batch"``, an input of
+            the name of one of the graph's own; inputs that ``kv_cache`` makes itself; a model whose
+            cache is of another kind; an operation, or an opset, that ONNX does not have.
         AdapterError: the bank does not fit.
 
     Follows ``torch.export``, ``torch.onnx.export(dynamo=True)``,
@@ -109,6 +111,11 @@ def export(
         )
     if inputs is not None and dynamic is not None:
         check_axes(inputs, dynamic)
+        if odd := [name for name in inputs if name == "ids" or name.startswith("bank_")]:
+            raise ConfigError(
+                f"the model's input {odd[0]!r} would have the name of one of the graph's own (ids, "
+                "bank_0, ...): export a module that calls it otherwise."
+            )
     mixed = bind_mixed(model, method_, state)
     if inputs is None or dynamic is None:
         inputs, dynamic = decoder_inputs(mixed, kv_cache)
@@ -127,6 +134,8 @@ def export(
         "inputs": ["ids", *inputs, *leaves],
         "outputs": output_names(dict(inputs)) if kv_cache else None,
         "bank": leaf_names(params),
+        "count": count_of(params),
+        "scalings": scalings_of(method_, params),
         "ids": ids_of(bank) if isinstance(bank, Bank) else None,
     }
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -176,6 +185,8 @@ def suffix_of(path: Path, opset: int | None, external_data: bool | None) -> str:
         )
     if not path.parent.is_dir():
         raise ConfigError(f"export to {path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise ConfigError(f"export to {path}: it is a folder; name a file.")
     if kind != ".onnx" and (opset is not None or external_data is not None):
         raise ConfigError(f"opset= and external_data= are ONNX's, and {path.name} is {kind}.")
     return kind

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from fadapt.bank import BASE_NAME, Bank
 from fadapt.bases import Dense, base_of, is_supported
 from fadapt.errors import CheckpointError, UnsupportedLayerError
+from fadapt.kinds import Kinds
 from fadapt.shell import join, share
+
+# Of the manifest, what :func:`fadapt.load_export` needs.
+_READ = {"format", "inputs", "bank", "ids", "count", "scalings"}
 
 
 def check_export(
@@ -44,14 +48,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the graph at ``path``.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or one of another version of fadapt.
     """
     try:
-        about: dict[str, Any] = json.loads(_beside(path, ".json").read_text("utf-8"))
+        about = json.loads(_beside(path, ".json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} has no manifest beside it: {error}. Export again."
         ) from error
+    if not isinstance(about, dict) or not about.keys() >= _READ:
+        raise CheckpointError(
+            f"{path}: its manifest was not written by this version of fadapt. Export again."
+        )
     return about
 
 
@@ -103,6 +111,22 @@ def plain_bank(bank: Any) -> Any:
     return tuple(map(dict, params)) if isinstance(params, tuple) else dict(params)
 
 
+def count_of(params: Any) -> int:
+    """How many adapters a bank's stacks have room for: K, of all kinds."""
+    stacks = params if isinstance(params, tuple) else (params,)
+    return sum(int(tree_leaves(one)[0].shape[0]) for one in stacks)
+
+
+def scalings_of(method: Any, params: Any) -> list[dict[str, float | None]]:
+    """Of each kind ``{path: scaling}``: what a graph holds of the method, whatever its bank."""
+    methods = method.methods if isinstance(method, Kinds) else (method,)
+    stacks = params if isinstance(params, tuple) else (params,)
+    return [
+        {path: getattr(at, "scaling", None) for path, at in one.at(list(stack)).items()}
+        for one, stack in zip(methods, stacks, strict=True)
+    ]
+
+
 def leaf_names(tree: Any) -> list[str]:
     """Of every leaf, in the order of the pytree."""
     return [keystr(key) for key, _ in tree_flatten_with_path(tree)[0]]
@@ -145,12 +169,18 @@ def _base(module: nn.Module) -> Any:
 
 def _digest_model(model: nn.Module) -> str:
     # Not everything that a graph depends on is a weight.
-    kinds = [(path, type(module).__qualname__) for path, module in model.named_modules()]
+    kinds = [(p, type(m).__qualname__, _settings(m)) for p, m in model.named_modules()]
     config: Any = getattr(model, "config", None)
     about = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
     about.pop("_name_or_path", None)  # where it lies is nothing of it
     text = json.dumps([kinds, about], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _settings(module: nn.Module) -> str:
+    """What is no tensor of one of torch's own modules: a norm's eps, a convolution's stride."""
+    kind = type(module)
+    return kind.extra_repr(module) if kind.__module__.startswith("torch.nn.") else ""
 
 
 def _digest_file(path: Path) -> str:

@@ -64,11 +64,20 @@ def write_onnx(
         while cause.__cause__ is not None:
             cause = cause.__cause__
         raise _refusal(cause) from error
-    _check(path)
+    _check(path, OPSET if opset is None else opset)
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, opset: int) -> None:
     import onnx
+
+    found = {
+        one.domain: one.version for one in onnx.load(path, load_external_data=False).opset_import
+    }
+    if found.get("") != opset:
+        raise ConfigError(
+            f"opset {opset}: torch.onnx has no form of this graph in it, and wrote opset "
+            f"{found.get('')}. {OPSET} is the default."
+        )
 
     try:
         onnx.checker.check_model(str(path), full_check=True)

@@ -9,8 +9,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fadapt.bank import Bank
-from fadapt.errors import AdapterError, CheckpointError
-from fadapt.export_manifest import of_files, plain_bank, read_manifest
+from fadapt.errors import AdapterError, CheckpointError, listing
+from fadapt.export_manifest import (
+    count_of,
+    leaf_names,
+    of_files,
+    plain_bank,
+    read_manifest,
+    scalings_of,
+)
+from fadapt.rows import checked_ids
 
 Run = Callable[..., list[Tensor]]
 
@@ -19,16 +27,19 @@ def load_export(path: str | Path) -> Run:
     """What :func:`fadapt.export` wrote, as ``run(ids, inputs, bank=None)``.
 
     ``ids`` are integers ``[n]``, or names: of the ``Bank`` that is given, or of one that was baked
-    in. ``inputs`` are the model's by name, ``bank`` a prepared stack or a ``Bank``; None if it was
-    baked in. It returns the outputs, in the manifest's order. Tensors are made contiguous: an
-    AOTInductor package itself does not look at strides, and would read a ``Bank``'s as others.
+    in. ``inputs`` are the model's by name. ``bank`` is a ``Bank`` or a prepared stack, of the same
+    layers and methods as the one that the graph was exported with, and of a stack's scaling; None
+    if it was baked in. It returns the outputs, in the manifest's order. Tensors are made
+    contiguous: an AOTInductor package itself does not look at strides, and would read a ``Bank``'s
+    as others.
 
     Args:
         path: of the file; its manifest lies beside it.
 
     Raises:
         CheckpointError: no manifest, or one of another file.
-        AdapterError: from ``run``: inputs that the graph does not have, or lacks; an unknown name.
+        AdapterError: from ``run``: inputs that the graph does not have, or lacks; another kind of
+            bank; an unknown name, an id out of range.
 
     Example:
         ``run = load_export("model.onnx")``;
@@ -53,27 +64,44 @@ def load_export(path: str | Path) -> Run:
                 f"{path.name} takes {names}; given are ids, {', '.join(inputs)} and a bank of "
                 f"{len(leaves)} leaves."
             )
-        given = {"ids": _ids(ids, bank, about), **inputs}
+        if bank is not None:
+            _check_bank(bank, about, path)
+        count = about["count"] if bank is None else count_of(plain_bank(bank))
+        given = {"ids": checked_ids(_ids(ids, bank, about), count)[0], **inputs}
         ordered = [given[name] for name in names[: len(names) - banks]]
         return call(*([t.contiguous() for t in group] for group in (ordered, leaves)))
 
     return run
 
 
-def _ids(ids: Any, bank: Any, about: Mapping[str, Any]) -> Tensor:
-    if isinstance(ids, Tensor):
+def _check_bank(bank: Any, about: Mapping[str, Any], path: Path) -> None:
+    names, taken = leaf_names(plain_bank(bank)), about["bank"]
+    if names != taken:
+        odd = sorted(set(names) ^ set(taken)) or names
+        raise AdapterError(
+            f"{path.name} was exported for a bank of other leaves: {listing(odd)} differ. Pass one "
+            "of the same layers and methods, as bind_mixed(model, method).prepare(bank) has it."
+        )
+    if isinstance(bank, Bank) and scalings_of(bank.method, bank.params) != about["scalings"]:
+        raise AdapterError(
+            f"{path.name} scales its adapters otherwise than this Bank, in which LoRA's scaling is "
+            "folded into B. Export with the bank, or with what fadapt.stack(adapters, methods) "
+            "returns."
+        )
+
+
+def _ids(ids: Any, bank: Any, about: Mapping[str, Any]) -> Any:
+    if isinstance(ids, Tensor) or not any(isinstance(name, str) for name in ids):
         return ids
-    if not any(isinstance(name, str) for name in ids):
-        return torch.tensor(ids, dtype=torch.int64)
     known = about["ids"] if bank is None else None
     if isinstance(bank, Bank):
-        return torch.tensor(bank.ids(ids))
+        return bank.ids(ids)
     if known is None or any(name not in known for name in ids):
         raise AdapterError(
             f"names {list(ids)}: the graph knows {sorted(known) if known else 'none'}; pass a "
             "Bank, or integers."
         )
-    return torch.tensor([known[name] for name in ids])
+    return [known[name] for name in ids]
 
 
 def _program(path: Path) -> Callable[..., list[Tensor]]:

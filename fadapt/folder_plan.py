@@ -147,7 +147,7 @@ def _lay_out(
 
 
 def _tied(shell: nn.Module) -> dict[str, set[str]]:
-    """``{name: the other names of the same parameter}``, of a model whose weights are not in yet."""
+    """``{name: the other names of the same parameter}``, before the files' weights are in."""
     names: dict[int, set[str]] = {}
     for name, parameter in shell.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)

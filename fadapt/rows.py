@@ -79,23 +79,7 @@ def rows_of(
     Raises:
         AdapterError: ids that are no integers, or out of range.
     """
-    if not isinstance(ids, Tensor):
-        given: list[int] | None = _integers(ids)
-        ids = torch.tensor(given, dtype=torch.int64)
-        given = None if torch.compiler.is_compiling() else given
-    elif ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
-        raise AdapterError(
-            f"ids: expected integers [n], one a row of the batch; got {ids.dtype} "
-            f"{list(ids.shape)}."
-        )
-    else:
-        given = _concrete(ids)
-    if given and (min(given) < BASE or max(given) >= sum(sizes)):
-        wrong = sorted({k for k in given if not BASE <= k < sum(sizes)})
-        raise AdapterError(
-            f"ids {wrong[:8]} are not in this bank of {sum(sizes)} adapters: an id lies in "
-            f"[0, {sum(sizes)}), or is -1 for the base."
-        )
+    ids, given = checked_ids(ids, sum(sizes))
     ids = ids.to(device=device, dtype=torch.int64)
     each, start = [], 0
     for size in sizes:
@@ -108,6 +92,37 @@ def rows_of(
             each.append(_lay_out(mine, [k - start for k in given] if start else given, size))
         start = stop
     return tuple(each)
+
+
+def checked_ids(ids: Sequence[int] | Tensor, count: int) -> tuple[Tensor, list[int] | None]:
+    """Ids ``[n]`` as a tensor, and as numbers: None where they cannot be read.
+
+    Args:
+        ids: as :func:`rows_of`.
+        count: of the adapters.
+
+    Raises:
+        AdapterError: ids that are no integers, or out of range.
+    """
+    given: list[int] | None
+    if not isinstance(ids, Tensor):
+        given = _integers(ids)
+        ids = torch.tensor(given, dtype=torch.int64)
+        given = None if torch.compiler.is_compiling() else given
+    elif ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.dim() != 1:
+        raise AdapterError(
+            f"ids: expected integers [n], one a row of the batch; got {ids.dtype} "
+            f"{list(ids.shape)}."
+        )
+    else:
+        given = _concrete(ids)
+    if given and (min(given) < BASE or max(given) >= count):
+        wrong = sorted({k for k in given if not BASE <= k < count})
+        raise AdapterError(
+            f"ids {wrong[:8]} are not in this bank of {count} adapters: an id lies in "
+            f"[0, {count}), or is -1 for the base."
+        )
+    return ids, given
 
 
 def _lay_out(ids: Tensor, given: Sequence[int], size: int) -> Rows:

@@ -237,6 +237,8 @@ def test_external_data_and_opset(tmp_path, monkeypatch):
     data.write_bytes(data.read_bytes()[::-1])
     with pytest.raises(fa.errors.CheckpointError, match="stale: data"):
         check_export(path, model, method)
+    with pytest.raises(fa.errors.ConfigError, match=r"opset 3: .* wrote opset"):
+        export(model, method, path, **given, opset=3)
     export(model, method, path, **given, external_data=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph.onnx", "graph.onnx.json"]
     check_export(path, model, method)
@@ -299,6 +301,36 @@ def test_a_baked_bank_is_part_of_the_graph_and_of_its_manifest(tmp_path):
         check_export(tmp_path / "none.pt2", model, method)
 
 
+def test_what_a_graph_would_run_wrongly_is_refused(tmp_path):
+    """Another bank of as many leaves, a Bank for a graph that scales, ids that it would wrap."""
+    model = torch.nn.Sequential(dense(8, 8), torch.nn.LayerNorm(8), dense(8, 8)).eval()
+    first, last = (fa.LoRA(rank=2, targets=[path]) for path in ("0", "2"))
+    scaled = fa.LoRA(rank=2, alpha=8, targets=["0"])
+    bank, x = bank_of(model, first, 3), {"input": torch.ones(2, 8)}
+    for name, method, bake in (("one", first, False), ("two", scaled, False), ("own", first, True)):
+        path = tmp_path / f"{name}.pt2"
+        export(model, method, path, bank=bank, inputs=x, dynamic=BATCH, bake=bake)
+    call = load_export(tmp_path / "one.pt2")
+    with pytest.raises(fa.errors.AdapterError, match=r"other leaves: .*'0'.*'2'"):
+        call([0, 1], x, bank_of(model, last, 3))
+    held = fa.Bank.holding(model, {"a": (fa.unstack(bank)[0], scaled)})
+    assert call(["a", "base"], x, held)[0].shape == (2, 8)
+    with pytest.raises(fa.errors.AdapterError, match="scales its adapters otherwise"):
+        load_export(tmp_path / "two.pt2")(["a", "base"], x, held)
+    for ids in ([0, 3], [0, -2], [0.5, 1], [True, False], torch.tensor([0.0, 1.0])):
+        for run, params in ((call, bank), (load_export(tmp_path / "own.pt2"), None)):
+            with pytest.raises(fa.errors.AdapterError, match=r"^ids"):
+                run(ids, x, params)
+    check_export(tmp_path / "one.pt2", model, first)
+    model[1].eps = 0.5  # no tensor, and no configuration tells of it
+    with pytest.raises(fa.errors.CheckpointError, match="stale: model changed"):
+        check_export(tmp_path / "one.pt2", model, first)
+    for text in ("[]", "{}"):
+        (tmp_path / "one.pt2.json").write_text(text)
+        with pytest.raises(fa.errors.CheckpointError, match="this version of fadapt"):
+            load_export(tmp_path / "one.pt2")
+
+
 def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path):
     model, method = llama("dense"), fa.LoRA(rank=2, targets=TARGETS)
     bank = bank_of(model, method, 2)
@@ -315,7 +347,18 @@ def test_what_cannot_be_exported_is_refused_before_any_work(tmp_path):
         export(model, method, tmp_path / "no" / "g.pt2", **more)
     with pytest.raises(fa.errors.ConfigError, match=r"input_ids \[2, 3\] has no axis 2"):
         export(model, method, tmp_path / "g.pt2", **more | {"dynamic": {"input_ids": {2: "a"}}})
+    with pytest.raises(fa.errors.ConfigError, match="'bank_0' would have the name"):
+        export(
+            model,
+            method,
+            tmp_path / "g.pt2",
+            **more | {"inputs": more["inputs"] | {"bank_0": bank}},
+        )
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "folder.onnx.data").touch()
+    with pytest.raises(fa.errors.ConfigError, match="it is a folder"):
+        export(model, method, tmp_path / "folder.onnx", **more)
     named = fa.Bank.of(model, method).add("a", fa.unstack(bank)[0], method)
     with pytest.raises(fa.errors.ConfigError, match=r"pass bank\.method"):
         export(model, method, tmp_path / "g.pt2", **more | {"bank": named})
-    assert not list(tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2  # what was there, and no more
