@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fadapt.bases.precision import without_autocast
+
 
 class Step(NamedTuple):
     """One adapter of one layer: the method as it stands there, and what it prepared."""
@@ -68,12 +70,13 @@ class Adapted:
         return bias
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The merged rows ``[rows, in]``, in float32 at least."""
+        """The merged rows ``[rows, in]``, in float32 at least, whatever autocast."""
         kind = torch.promote_types(dtype or self.dtype, torch.float32)
         weight: Tensor = self.base.dequantize(kind)
         where = slice(self.start, self.start + self.out_features)
-        for method, params in self.steps:
-            weight = method.merge(weight, params, where)
+        with without_autocast(weight):
+            for method, params in self.steps:
+                weight = method.merge(weight, params, where)
         return weight.to(kind)
 
     def rows(self, rows: slice) -> "Adapted":
@@ -92,8 +95,9 @@ class Adapted:
 
 def unmerged(weight: Tensor, steps: Sequence[Step], rows: slice) -> Tensor:
     """Rows of W from the same rows of the merged weight: each step undone, the last one first."""
-    for method, params in reversed(steps):
-        weight = method.unmerge(weight, params, rows)
+    with without_autocast(weight):
+        for method, params in reversed(steps):
+            weight = method.unmerge(weight, params, rows)
     return weight
 
 

@@ -79,7 +79,9 @@ class MixedLinear(AdaptedLinear):
             rows = self._held[0].rows(kind)
             if rows.ids is None:
                 continue
-            if x.dim() < 2 or x.shape[0] != rows.ids.shape[0]:
+            # An embedding's ids have no last axis of features.
+            least = 2 if x.is_floating_point() else 1
+            if x.dim() < least or x.shape[0] != rows.ids.shape[0]:
                 raise AdapterError(
                     f"layer {self.path!r} gets an input {list(x.shape)} for {rows.ids.shape[0]} "
                     "ids: in a mixed batch the first axis of every adapted layer's input must be "
@@ -87,6 +89,8 @@ class MixedLinear(AdaptedLinear):
                 )
             params = self._types[kind](*[held[name] for name in self._names[kind]])
             base = _Worn(base, method, params, rows)
+        if base is self.base:
+            self.check_running()
         y: Tensor = base.linear(x)
         return y
 
@@ -183,11 +187,20 @@ class Mixed:
         """Ids checked against a bank, and laid out for all layers.
 
         Raises:
-            AdapterError: an id out of range.
+            AdapterError: an id out of range; or rows that were laid out for a bank of another size.
         """
-        if isinstance(ids, tuple) and ids and isinstance(ids[0], Rows):
-            return ids
         firsts = [next(iter(one.values()))[0] for one in self._banks(bank)]
+        if isinstance(ids, tuple) and ids and isinstance(ids[0], Rows):
+            laid = [rows.size for rows in ids]
+            if not torch.compiler.is_compiling() and any(
+                size not in (None, first.shape[0]) for size, first in zip(laid, firsts, strict=True)
+            ):
+                raise AdapterError(
+                    f"these rows were laid out for banks of {laid} adapters, and this one holds "
+                    f"{[first.shape[0] for first in firsts]}: lay them out anew, mixed.rows(ids, "
+                    "bank)."
+                )
+            return ids
         if isinstance(self.method, Kinds):
             ids = self.method.flat(ids)
         return rows_of(ids, [t.shape[0] for t in firsts], firsts[0].device)  # type: ignore[arg-type]

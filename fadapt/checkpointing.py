@@ -6,7 +6,7 @@ block would compute as the base. So each block is called with the tensors that t
 first time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,29 @@ def keep_adapter(shell: nn.Module, lender: Lender) -> None:
         if given is not None:
             inner = given.checkpoint if isinstance(given, _Checkpoint) else given
             setattr(module, _NAME, _Checkpoint(inner, lender))
+
+
+def watch(shell: nn.Module, lender: Lender, paths: Iterable[str]) -> None:
+    """Make these modules of a shell, whose own tensors an adapter replaces, raise where they are
+    called outside of a forward, as an adapted layer does by itself."""
+    for module in shell.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Watch)]:
+            del hooks[key]  # of the forward whose shell this one's was copied from
+    for path in paths:
+        shell.get_submodule(path).register_forward_pre_hook(_Watch(lender, path))
+
+
+class _Watch:
+    """A hook, and no closure: a copy of the shell has a copy of it."""
+
+    def __init__(self, lender: Lender, path: str):
+        self.lender = lender
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.lender.check(self.path)
 
 
 class _Checkpoint:

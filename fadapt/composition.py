@@ -72,6 +72,8 @@ class ComposedLinear(AdaptedLinear):
                     steps.append(Step(method, params))
                     keeps.append(self._mask(k, method, params, x))
                     break
+        if not steps:
+            self.check_running()
         return _Below(Adapted(self.biased(), tuple(steps)), keeps).linear(x)
 
     def _mask(self, k: int, method: Method, params: Any, x: Tensor) -> Tensor | None:
@@ -113,7 +115,18 @@ class Composed:
                 else:
                     shell = self.layers[path]
         self.shell: nn.Module = shell
-        self._run = Forward(shell, self.layers, {}, parts[0].method).run
+        saved = {p: names for part in parts for p, names in part.saved.items()}
+        biases = {entry: path for part in parts for entry, path in part.biases.items()}
+        whole = [p for p in saved if p not in biases]
+        for path in self.layers:
+            if above := [p for p in whole if f"{path}.".startswith(f"{p}.")]:
+                raise ConfigError(
+                    f"module {above[0]!r} is trained whole by one of the methods, and its layer "
+                    f"{path!r} is adapted by another. Leave it out of modules_to_save, or exclude "
+                    "it."
+                )
+        saved = {p: saved[p] for p in whole}
+        self._run = Forward(shell, self.layers, saved, parts[0].method, biases).run
 
     def __repr__(self) -> str:
         methods = [part.method for part in self.parts]

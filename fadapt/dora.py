@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fadapt.bases import Base
+from fadapt.bases.precision import without_autocast
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kernels.eager import readable, usable
 from fadapt.lora import LoRA, LoRAParams
@@ -132,11 +133,15 @@ class DoRA(LoRA):
         return prepared
 
     def norm(self, base: Base, params: Any) -> Tensor:
-        """``|W + s B A|`` of each row, ``[out]``, float32 at least, detached.
+        """``|W + s B A|`` of each row, ``[out]``, float32 at least, whatever autocast; detached.
 
         By ``|W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`` over blocks of W's rows: neither W nor
         B A is ever whole, and under ``vmap`` over adapters W is read once.
         """
+        with without_autocast(params.lora_A):
+            return self._norm(base, params)
+
+    def _norm(self, base: Base, params: Any) -> Tensor:
         kind = torch.promote_types(params.lora_A.dtype, torch.float32)
         kernels = _kernels(params)
         if kernels is not None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from fadapt.checkpointing import keep_adapter
+from fadapt.checkpointing import keep_adapter, watch
 from fadapt.errors import AdapterError, ConfigError, near
 from fadapt.lending import Lender
 from fadapt.method import Method, over
@@ -70,13 +70,17 @@ class Forward:
         for layer in self.layers.values():
             layer.lender = self._lender
         keep_adapter(shell, self._lender)
+        trained = {join(p, n).rpartition(".")[0] for p, names in saved.items() for n in names}
+        watch(shell, self._lender, trained | set(self.biases.values()) - self.layers.keys())
         self._paths = self.layers.keys() | self.saved.keys()
         self._fits: Any = None
         self._moved = {join(p, "bias"): bias_at(shell, at) for p, at in self.biases.items()}
+        modules = shell.named_modules(remove_duplicate=False)
+        kept = [join(path, "base_layer.") for path, m in modules if isinstance(m, AdaptedLinear)]
         self._buffers = [
             (name, buffer)
             for name, buffer in shell.named_buffers(remove_duplicate=False)
-            if ".base_layer." not in f".{name}"
+            if not name.startswith(tuple(kept))
         ]
 
     def __repr__(self) -> str:
@@ -102,7 +106,8 @@ class Forward:
             Whatever the model returns.
 
         Raises:
-            AdapterError: a path is missing or unknown, or a shape or dtype does not fit.
+            AdapterError: a path is missing or unknown, or a shape or dtype does not fit; or the
+                forward is running in another thread.
         """
         if isinstance(params, list | tuple):
             from fadapt.composition import Composed
@@ -169,6 +174,16 @@ class Forward:
                     f"module {path!r} is trained itself: expected the parameters {list(names)}, "
                     f"got {sorted(params[path])}."
                 )
+            for name in () if path in self.biases else names:
+                own, given = (
+                    self.shell.get_parameter(join(path, name)).shape,
+                    params[path][name].shape,
+                )
+                if given != own:
+                    raise AdapterError(
+                        f"module {path!r} is trained itself: expected {name} {list(own)}, got "
+                        f"{list(given)}."
+                    )
         for path, at in self.biases.items():
             held: Any = self.shell.get_submodule(at)
             layer_bias: Any = held.base.bias if isinstance(held, AdaptedLinear) else held.bias
@@ -221,8 +236,8 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
 
     It shares every tensor with the model, detached: no gradient ever reaches the model. Modes
     (train or eval) are the model's at the time of binding. Buffers that a forward writes to are
-    written in a copy and forgotten. Calls of one ``Forward`` from several threads at once are not
-    supported (each lends the shell its tensors): bind one for each.
+    written in a copy and forgotten. A ``Forward`` runs in one thread at a time (each call lends the
+    shell its tensors): bind one for each thread.
 
     Args:
         model: any ``nn.Module``; left as it is.

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fadapt.errors import AdapterError
+
 
 def value_and_grad(
     loss: Callable[..., Tensor], in_dims: int | tuple[Any, ...] | None = None
@@ -32,6 +34,9 @@ def value_and_grad(
         ``params``, zeros where the loss does not depend on a leaf. ``loss`` is ``[K]`` with
         ``in_dims``.
 
+    Raises:
+        AdapterError: with ``in_dims``, a loss of more than one element. (Torch raises without.)
+
     Example:
         >>> import torch, fadapt
         >>> f = fadapt.value_and_grad(lambda p, x: (p["w"] * x).sum())
@@ -54,6 +59,11 @@ def value_and_grad(
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
             value = mapped(tree_unflatten(leaves, spec), *args, **kwargs)
+            if in_dims is not None and value.numel() != len(value):
+                raise AdapterError(
+                    f"the loss of each adapter must be one number; got {list(value.shape[1:])}. "
+                    "Take its mean or its sum."
+                )
             total = value if in_dims is None else value.sum()
         # In this thread. That of a GPU's own costs a small step more than its kernels do: it is
         # woken for each backward, and its caches are cold.

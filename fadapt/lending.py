@@ -2,6 +2,7 @@
 that calls often. It does the same, and looks each name up once.
 """
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ class Lender:
         self.shell = shell
         self.running: list[Mapping[str, Any]] = []
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_lock": None}  # which no copy can be made of
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_lock": threading.RLock()})
 
     def call(
         self,
@@ -34,17 +42,24 @@ class Lender:
     ) -> Any:
         """``function(*args, **kwargs)``, which runs the shell or a part of it.
 
-        Whatever happens, the shell is afterwards as it was. One call at a time: another thread
-        would see this one's tensors.
+        Whatever happens, the shell is afterwards as it was.
 
         Args:
             function: the shell itself, where torch.compile or torch.export traces.
             tensors: by name, in place of the shell's own.
+
+        Raises:
+            AdapterError: another thread's call is running, whose tensors this one would see.
         """
         if torch.compiler.is_compiling():
             held = dict(tensors)
             return torch.func.functional_call(
                 self.shell, held, args, dict(kwargs), tie_weights=False
+            )
+        if not self._lock.acquire(blocking=False):
+            raise AdapterError(
+                "this forward is running in another thread, and its shell holds that call's "
+                "adapter. Bind a forward for each thread: they share the model's tensors."
             )
         lent: list[tuple[dict[str, Any], str, Any]] = []
         self.running.append(tensors)
@@ -59,6 +74,7 @@ class Lender:
             for where, key, own in reversed(lent):
                 where[key] = own
             self.running.pop()
+            self._lock.release()
 
     def check(self, path: str) -> None:
         """Raise AdapterError unless a call is running."""

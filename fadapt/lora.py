@@ -63,8 +63,9 @@ class LoRA:
         modules_to_save: modules trained whole, beside the adapters.
         dtype: of the parameters; None means float32 (float64 over a float64 base).
         bias: which of the model's biases are trained too: ``"none"``, those of the adapted layers
-            (``"adapter_only"``), or ``"all"``. They are entries of the adapter: ``{"bias": ...}``
-            at the path of the module, of an adapted layer at ``path.base_layer``.
+            (``"adapter_only"``), or every module's ``bias`` (``"all"``). They are entries of the
+            adapter: ``{"bias": ...}`` at the path of the module, of an adapted layer at
+            ``path.base_layer``.
 
     Raises:
         ConfigError: a value out of range, or an unknown ``init`` or ``bias``.
@@ -287,7 +288,7 @@ def seeded(generator: torch.Generator | None, init: str) -> torch.Generator:
 
 def check_factors(kind: Any, params: Any, row: tuple[int, ...], out: int, path: str) -> None:
     """Raise AdapterError unless ``params`` is of ``kind``, its A ``[r, *row]``, its B ``[out, r]``,
-    and both of one floating dtype."""
+    both of one floating dtype, and a bias ``[out]``."""
     if getattr(params, "_fields", None) != kind._fields:
         raise AdapterError(
             f"layer {path!r}: expected a {kind.__name__} {kind._fields}, got "
@@ -314,6 +315,12 @@ def check_factors(kind: Any, params: Any, row: tuple[int, ...], out: int, path: 
             f"layer {path!r}: {a} and {b} must share one floating dtype, got {A.dtype} and "
             f"{B.dtype}."
         )
+    for name, bias in zip(kind._fields[2:], params[2:], strict=True):
+        if bias.shape != (out,) or not bias.dtype.is_floating_point:
+            raise AdapterError(
+                f"layer {path!r}: expected {name} [{out}], floating, got {bias.dtype} "
+                f"{list(bias.shape)}."
+            )
 
 
 def is_lora(method: Any, layer: str, path: str) -> None:

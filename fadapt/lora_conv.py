@@ -7,16 +7,14 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fadapt.bases import Base, Conv
+from fadapt.bases.conv import SLIDE
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.lora import LoRA, LoRAParams, Params, check_factors, is_lora
 from fadapt.method import over
 from fadapt.rows import Rows, keep_base
-
-_MIX: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 class ConvLoRA(LoRA):
@@ -78,7 +76,7 @@ class ConvLoRA(LoRA):
         self, base: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None
     ) -> Tensor:
         h = base.slide(x, A) * self.scaling
-        mixed: Tensor = _MIX[A.dim()](h, B.reshape(*B.shape, *[1] * (A.dim() - 2)))
+        mixed: Tensor = SLIDE[A.dim()](h, B.reshape(*B.shape, *[1] * (A.dim() - 2)))
         if bias is None:
             return mixed
         return mixed + (bias * self.scaling).reshape(-1, *[1] * (A.dim() - 2))

@@ -7,7 +7,6 @@ any base.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fadapt.bases import Base
-from fadapt.bases.precision import gemm_dtype
+from fadapt.bases.precision import gemm_dtype, without_autocast
 from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kernels.eager import usable
@@ -318,9 +317,7 @@ class OFT:
 
     def _build(self, vectors: Tensor) -> Tensor:
         """``[..., r, b (b - 1) / 2] -> [..., r, b, b]``; in float32 at least, whatever autocast."""
-        kind = vectors.device.type
-        under = torch.is_autocast_enabled(kind)
-        with torch.autocast(kind, enabled=False) if under else nullcontext():
+        with without_autocast(vectors):
             wide = vectors.to(_wide(vectors))
             if self.cayley == "auto":
                 blocks = self._either(wide)

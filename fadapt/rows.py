@@ -41,6 +41,12 @@ class Rows:
     ends: Tensor | None = None
     grid: Tensor | None = None
 
+    @property
+    def size(self) -> int | None:
+        """K, where the layout depends on it; else None."""
+        laid = self.ends if self.grid is None else self.grid
+        return None if laid is None else laid.shape[0]
+
     def products(self, x: Tensor) -> int:
         """How many matrices :meth:`pick` gives for x ``[n, ...]``: n, or K on a grid."""
         # Not len(), which is a constant to torch.export.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fadapt.bases import Base, Dense, base_of, is_supported
+from fadapt.bases.protocol import take_state
 from fadapt.errors import AdapterError, UnsupportedLayerError, near
 from fadapt.lending import Lender
 from fadapt.method import Method
@@ -62,11 +63,15 @@ class AdaptedLinear(nn.Module):
         held = self._buffers
         given = {n: t for n in self.fields if (t := held[n]) is not None}
         if not given:
-            if self.lender is not None and not torch.compiler.is_compiling():
-                self.lender.check(self.path)
+            self.check_running()
             return self.biased().linear(x)
         params = self.kinds[tuple(given)](**given)
         return self.method.apply(self.biased(), params, x, self._keep(params, x))
+
+    def check_running(self) -> None:
+        """Raise AdapterError if no forward runs that could have given an adapter."""
+        if self.lender is not None and not torch.compiler.is_compiling():
+            self.lender.check(self.path)
 
     def biased(self) -> Base:
         """The base, with a bias that the adapter trains in place of its own."""
@@ -109,7 +114,11 @@ def share(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         if name not in named:
             raise AdapterError(f"state: the model has no tensor {name!r}.{near(name, named)}")
         memo[id(named[name])] = _frozen(tensor, named[name])
-    return copy.deepcopy(model, memo)
+    shell = copy.deepcopy(model, memo)
+    for name in state:
+        path, _, key = name.rpartition(".")
+        take_state(shell.get_submodule(path), key, named[name])
+    return shell
 
 
 def _frozen(tensor: Tensor, like: Tensor) -> Tensor:

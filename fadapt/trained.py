@@ -32,7 +32,8 @@ def trained_biases(model: nn.Module, method: Method, bases: Mapping[str, Base]) 
             where PEFT keeps them.
 
     Raises:
-        ConfigError: two modules share such a bias.
+        ConfigError: two modules share such a bias; or a base of a class of one's own cannot hold
+            another.
     """
     if method.bias == "none":
         return {}
@@ -43,6 +44,13 @@ def trained_biases(model: nn.Module, method: Method, bases: Mapping[str, Base]) 
             path, _, last = name.rpartition(".")
             if last == "bias" and not any(f"{path}.".startswith(f"{p}.") for p in inside if p):
                 found |= {} if path in bases else {path: path}
+    for path in found.values():
+        base = bases.get(path)
+        if base is not None and "bias" not in getattr(type(base), "__dataclass_fields__", {}):
+            raise ConfigError(
+                f"bias={method.bias!r}: layer {path!r} is read as a {type(base).__name__}, which "
+                "cannot hold another bias: make it a dataclass with a field ``bias``."
+            )
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         if (bias := module._parameters.get("bias")) is not None:

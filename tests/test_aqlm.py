@@ -180,6 +180,21 @@ def test_bind_over_a_model_of_aqlm_layers():
     torch.testing.assert_close(fa.bind(model, method)(params, x), y, rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_over_a_layer_that_has_run():
+    model = nn.Sequential(quantized(n_in=64, n_out=8, bias=False))  # 8 groups in, 8 out
+    method = fa.LoRA(rank=2)
+    params = fa.init(method, model, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    state = {f"0.{name}": t.clone() for name, t in fa.base_of(model[0]).state().items()}
+    want = fa.bind(model, method)(params, x)
+    used(model[0])
+    found = assert_pure(lambda: fa.bind(model, method, state=state)(params, x), model, state)
+    assert torch.equal(found, want)
+    # The layer's own tensors lie as it holds them.
+    own = fa.bind(model, method, state=model.state_dict())(params, x)
+    torch.testing.assert_close(own, want, rtol=1e-5, atol=1e-5)
+
+
 def test_layers_that_are_not_adapted_are_differentiated_through_and_not_written_to():
     # AQLM's own first call on a CPU permutes the codes, and its backward is wrong from then on.
     first, second = nn.Linear(16, 64), quantized((2, 8, 8, 1), 64, 16)

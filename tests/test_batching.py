@@ -227,6 +227,25 @@ def test_mapped_over_ids_over_banks_and_forward_mode():
     assert error(slope, (high - low) / (2 * h)) <= 1e-4  # of a difference quotient, and float32
 
 
+@pytest.mark.parametrize("ids", [[0, 1, 1], [0, 1]], ids=["sorted", "grid"])
+def test_rows_of_a_bank_that_has_grown(ids):
+    model, adapters = plain_case()
+    mixed, x = fa.bind_mixed(model, LORA), torch.ones(len(ids), 2, N_IN)
+    rows = mixed.rows(ids, fa.stack(adapters[:2]))
+    with pytest.raises(fa.errors.AdapterError, match=r"for banks of \[2\] adapters.*holds \[3\]"):
+        mixed(fa.stack(adapters[:3]), rows, x)
+
+
+def test_an_id_a_row_through_an_embedding():
+    model, method = torch.nn.Sequential(torch.nn.Embedding(7, 4)), fa.LoRA(rank=2, targets=["0"])
+    adapters = [randomized(fa.init(method, model, generator=torch.Generator()), k) for k in (0, 1)]
+    x, ids = torch.tensor([3, 5, 6]), [1, 0, -1]
+    found = fa.bind_mixed(model, method)(fa.stack(adapters), ids, x)
+    plain = fa.bind(model, method)
+    want = [plain(None if k < 0 else adapters[k], x[i]) for i, k in enumerate(ids)]
+    torch.testing.assert_close(found, torch.stack(want))
+
+
 def test_no_rows_at_all():
     model, adapters = plain_case()
     mixed, x = fa.bind_mixed(model, LORA), torch.ones(0, 2, N_IN)

@@ -293,6 +293,21 @@ def test_refusals(tmp_path):
         fa.stack([params, adapter(plain, model)], methods=[method, plain])
     with pytest.raises(CheckpointError, match="not saved"):
         fa.save_peft(tmp_path / "new", {p: params[p] for p in ("up", "down")}, method, model)
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    class OwnBase:  # no dataclass
+        def __init__(self, layer):
+            self.held = fa.Dense(layer.weight.detach(), layer.bias.detach())
+
+        def __getattr__(self, name):
+            return getattr(self.__dict__["held"], name)
+
+    fa.register_base(Own, OwnBase)
+    with pytest.raises(ConfigError, match="a OwnBase, which cannot hold another bias"):
+        fa.bind(Own(4, 3), fa.LoRA(rank=2, bias="adapter_only"))
     model.head.bias = model.down.bias = nn.Parameter(torch.zeros(8))
     with pytest.raises(ConfigError, match="share one bias"):
         fa.bind(model, method)

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -116,6 +118,17 @@ def test_batch_norm_in_training_normalizes_by_the_batch_and_keeps_its_statistics
     assert forward.shell.training  # the mode is that of the time of binding
     close(forward(params, x), want)
     close(fa.bind(model, method)(params, x), merged(model, method, params)(x))
+
+
+def test_statistics_stay_whatever_the_modules_are_called():
+    # As timm's DLA calls its stem: the name that an adapted layer has for what it replaced.
+    model = nn.Sequential()
+    model.add_module("base_layer", nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)))
+    model.add_module("head", nn.Linear(6, 3))
+    filled(model)
+    method = fa.LoRA(rank=2, targets=["head"])
+    params, x = adapter(model, method), torch.randn(8, 4, dtype=F64, generator=seeded())
+    ft.assert_pure(lambda: fa.bind(model, method)(params, x), model)
 
 
 class Tied(nn.Module):
@@ -277,6 +290,13 @@ def test_modules_to_save_are_trained_whole():
     assert all(g.count_nonzero() for g in tree_leaves(grads))
     with pytest.raises(AdapterError, match=r"module '1' is trained itself: .*'weight', 'bias'"):
         forward(params | {"1": {"weight": params["1"]["weight"]}}, x)
+    # Either would have run: a bias of one element broadcasts.
+    for wrong in (
+        params["2"] | {"bias": torch.zeros(1)},
+        {n: t[:1] for n, t in params["2"].items()},
+    ):
+        with pytest.raises(AdapterError, match=r"module '2' is trained itself: expected .*got \[1"):
+            forward(params | {"2": wrong}, x)
     with pytest.raises(TargetError, match="inside another saved module"):
         fa.bind(Tied(), fa.LoRA(targets=["main"], modules_to_save=["layers", "layers.0"]))
 
@@ -293,6 +313,31 @@ def test_a_forward_that_raises_leaves_no_trace():
 
     ft.assert_pure(fails, model, forward, params)
     assert torch.equal(forward(None, x), model(x))
+
+
+def test_a_call_from_another_thread_is_refused_while_one_runs():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Linear):
+        def forward(self, x):
+            inside.set()
+            go_on.wait(10)
+            return super().forward(x)
+
+    model = filled(nn.Sequential(nn.Linear(4, 4), Waits(4, 3)))
+    method = fa.LoRA(rank=2, targets=["0"])
+    params, x = adapter(model, method), torch.ones(2, 4, dtype=F64)
+    forward, other = fa.bind(model, method), fa.bind(model, method)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(forward, params, x)
+        assert inside.wait(10)
+        try:
+            with pytest.raises(AdapterError, match="running in another thread"):
+                forward(None, x)
+        finally:
+            go_on.set()
+        assert torch.equal(first.result(10), other(params, x))
+    assert torch.equal(forward(None, x), other(None, x))  # the shell was given back
 
 
 def test_a_buffer_of_two_names_is_given_back():
@@ -327,6 +372,15 @@ def test_adapters_that_do_not_fit(change, message):
     forward(params, torch.ones(2, 4, dtype=F64))  # that one adapter fitted says nothing of the next
     with pytest.raises(AdapterError, match=re.compile(message, re.S)):
         forward(change(params), torch.ones(2, 4, dtype=F64))
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 3)])  # each of which broadcasts
+def test_a_learned_bias_of_another_shape(shape):
+    model, method = nn.Linear(4, 3), fa.LoRA(rank=2, lora_bias=True)
+    params = fa.init(method, model, generator=seeded())
+    params[""] = params[""]._replace(lora_bias=torch.ones(shape))
+    with pytest.raises(AdapterError, match=r"layer '': expected lora_bias \[3\]"):
+        fa.bind(model, method)(params, torch.ones(2, 4))
 
 
 def test_any_rank_of_adapter_will_do():

@@ -119,6 +119,15 @@ def test_dropout_is_another_for_each():
     assert torch.equal(dropped, forward([p, minus], x, dropout=seed))
 
 
+def test_a_module_trained_whole_by_one_and_adapted_by_another():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+    methods = [fa.LoRA(rank=2, targets=["0"], modules_to_save=["1"]), fa.LoRA(rank=2)]
+    with pytest.raises(
+        fa.errors.ConfigError, match="module '1' is trained whole by one of the methods"
+    ):
+        fa.bind(model, methods)
+
+
 def test_errors():
     model, x = net(), inputs()
     lora, dora = adapter(model, KINDS["lora"], 0), adapter(model, KINDS["dora"], 1)

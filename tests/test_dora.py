@@ -149,6 +149,16 @@ def test_the_norm_is_a_constant_to_derivatives(monkeypatch: pytest.MonkeyPatch):
         assert all(torch.equal(getattr(leaf, n), getattr(fixed[path], n)) for n in leaf._fields)
 
 
+def test_the_norm_under_autocast_is_that_of_the_merged_weight():
+    model, method = model_of(), fa.DoRA(rank=4)
+    forward, params = fa.bind(model, method), drawn(method, model)
+    want = forward.prepare(params)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = forward.prepare(params)
+    for path, leaf in want.items():
+        assert torch.equal(found[path].norm, leaf.norm)
+
+
 def test_unmerge_takes_the_norms():
     layer, method = model_of()[0], fa.DoRA(rank=3)
     params = drawn(method, layer)

@@ -1,11 +1,13 @@
 """value_and_grad: torch.func's own result, by plain autograd."""
 
+import pytest
 import torch
 from torch import nn
 from torch.func import grad_and_value, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fadapt as fa
+from fadapt.errors import AdapterError
 
 
 def case():
@@ -47,6 +49,13 @@ def test_leaves_without_a_path_to_the_loss_get_zeros_and_inputs_stay_as_they_are
     assert grads["2"].lora_B.count_nonzero() == 0
     assert grads["0"].lora_A.eq(1).all()
     assert not any(leaf.requires_grad for leaf in params["0"])
+
+
+def test_a_loss_of_several_numbers_is_refused_for_many_adapters_too():
+    many = {"w": torch.ones(3, 2)}
+    step = fa.value_and_grad(lambda p, x: p["w"] * x, in_dims=(0, None))
+    with pytest.raises(AdapterError, match=r"one number; got \[2\]"):
+        step(many, torch.ones(2))
 
 
 def test_checkpoint_inside():

@@ -150,6 +150,24 @@ def test_autocast_decides_the_dtype_of_the_product():
 # Hyperparameters
 
 
+@pytest.mark.parametrize("method", [fa.LoRA(rank=2), fa.DoRA(rank=2), fa.OFT(block_size=4)])
+def test_autocast_changes_no_merge(method):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    g = torch.Generator().manual_seed(0)
+    params = fa.init(method, model, generator=g)
+    params = {
+        p: type(v)(*(t + 0.1 * torch.randn(t.shape, generator=g) for t in v))
+        for p, v in params.items()
+    }
+    want, back = fa.merge(model, params, method), fa.merged_model(model, params, method)
+    ready = fa.bind(model, method).prepare(params)
+    undone = fa.unmerge(back, ready, method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fa.merge(model, params, method)["0.weight"], want["0.weight"])
+        again = fa.unmerge(back, ready, method)
+        assert torch.equal(again["0.weight"], undone["0.weight"])
+
+
 def test_scaling():
     assert fa.LoRA(rank=8).scaling == 1
     assert fa.LoRA(rank=8, alpha=16).scaling == 2

@@ -233,3 +233,22 @@ def test_a_checkpoint_inside_a_model_of_one_s_own_is_refused_in_backward(reentra
     loss = fa.bind(model, method)(leaves, torch.ones(3, 4)).sum()
     with pytest.raises(AdapterError, match="Checkpoint the whole forward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["composed", "mixed", "bias", "saved"])
+def test_nor_does_it_pass_in_silence_elsewhere(kind):
+    model, method = Checkpointing(kind in ("composed", "mixed")), fa.LoRA(rank=2)
+    if kind in ("bias", "saved"):  # of what the checkpoint calls, no layer is adapted
+        model.down = torch.nn.Sequential(model.down, torch.nn.Tanh())
+        extra = {"bias": "all"} if kind == "bias" else {"modules_to_save": ["down.0"]}
+        method = fa.LoRA(rank=2, targets=["up"], **extra)
+    params = randomized(fa.init(method, model, generator=seeded()), 0)
+    leaves, x = tree_map(lambda t: t.requires_grad_(), params), torch.ones(3, 4)
+    if kind == "composed":
+        loss = fa.bind(model, [method, method])([leaves, leaves], x).sum()
+    elif kind == "mixed":
+        loss = fa.bind_mixed(model, method)(fa.stack([leaves, leaves]), [0, 1, -1], x).sum()
+    else:
+        loss = fa.bind(model, method)(leaves, x).sum()
+    with pytest.raises(AdapterError, match="Checkpoint the whole forward"):
+        loss.backward()

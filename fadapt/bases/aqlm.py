@@ -16,7 +16,7 @@ from fadapt.bases.aqlm_codes import decode, read_codes
 from fadapt.bases.aqlm_encode import requantize
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
-from fadapt.bases.protocol import register_base
+from fadapt.bases.protocol import register_base, register_state
 from fadapt.errors import ConfigError
 
 
@@ -226,4 +226,11 @@ def _read(layer: QuantizedLinear) -> Aqlm:
     )
 
 
+def _take_state(layer: QuantizedLinear, name: str, own: Tensor) -> None:
+    # A state's codes lie as in a layer that has not run, whatever the kernel that this layer chose.
+    if name == "codes" and layer.codes.data_ptr() != own.data_ptr():
+        layer.gemv_op = None
+
+
 register_base(QuantizedLinear, _read)
+register_state(QuantizedLinear, _take_state)

@@ -13,7 +13,7 @@ from fadapt.bases.grid import Grid
 from fadapt.bases.protocol import register_base
 from fadapt.errors import UnsupportedLayerError
 
-_SLIDE: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+SLIDE: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -62,7 +62,7 @@ class Conv(Dense):
         padding: Any = self.padding
         if self.mode != "zeros":
             x, padding = F.pad(x, self.around, mode=self.mode), 0
-        y: Tensor = _SLIDE[weight.dim()](x, weight, bias, self.stride, padding, self.dilation)
+        y: Tensor = SLIDE[weight.dim()](x, weight, bias, self.stride, padding, self.dilation)
         return y
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

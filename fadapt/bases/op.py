@@ -16,7 +16,6 @@ Three ways in, because no single one passes everything (torch 2.13):
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fadapt._function import applied
+from fadapt.bases.precision import without_autocast
 from fadapt.errors import FrozenBaseError
 
 # (x [..., in], static, *tensors) -> [..., out]; `static` is the format's constants, any object.
@@ -56,7 +56,8 @@ class FrozenLinear:
             self._rounded = _eager(rounded, lambda: adjoint, lambda: self._eager, n_aux)
 
     def __call__(self, x: Tensor, tensors: Sequence[Tensor], static: Any) -> Tensor:
-        with _without_autocast(x):
+        # A body that upcasts must not be cast down again; x is in autocast's dtype already.
+        with without_autocast(x):
             if torch.compiler.is_compiling():
                 if torch._C._are_functorch_transforms_active():
                     return self._multiply(x, static, *tensors)
@@ -68,7 +69,7 @@ class FrozenLinear:
         self, x: Tensor, aux: Sequence[Tensor], tensors: Sequence[Tensor], static: Any
     ) -> Tensor:
         """The rounded product, with the derivatives of the exact one. Eager mode only."""
-        with _without_autocast(x):
+        with without_autocast(x):
             return self._rounded(x, static, *aux, *tensors)
 
 
@@ -81,13 +82,6 @@ def is_batched(x: Tensor) -> bool:
     """
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # A body that upcasts (see precision.py) must not be cast down again by autocast; the caller
-    # has already brought x to autocast's dtype.
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _compiled(multiply: Multiply, transposed: Multiply) -> Any:

@@ -1,5 +1,8 @@
 """In which dtype a frozen base multiplies: decided by what the machine can do."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,3 +36,9 @@ def autocast_input(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off, on x's device: for what must be computed in the dtype that it was given."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

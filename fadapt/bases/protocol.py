@@ -123,6 +123,28 @@ def register_weight(weight_type: type, reader: Callable[[Any, nn.Linear], Base])
     _read_weight.register(weight_type, reader)
 
 
+@singledispatch
+def _take_state(layer: object, name: str, own: Tensor) -> None:
+    pass
+
+
+def take_state(layer: nn.Module, name: str, own: Tensor) -> None:
+    """Tell a copy of a layer that it holds one tensor of a base's ``state()``.
+
+    Args:
+        layer: the copy, which may note it. Most have nothing to note.
+        name: of the tensor in the layer.
+        own: what the layer itself holds under that name.
+    """
+    _load_families(layer)
+    _take_state(layer, name, own)
+
+
+def register_state(layer_type: type, note: Callable[[Any, str, Tensor], None]) -> None:
+    """What :func:`take_state` does for a class of layers."""
+    _take_state.register(layer_type, note)
+
+
 def _load_families(obj: object) -> None:
     roots = {c.__module__.split(".", 1)[0] for c in type(obj).__mro__}
     for root in roots & _FAMILIES.keys():
