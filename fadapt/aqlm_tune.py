@@ -101,7 +101,7 @@ def finetune_aqlm(
         rate.step()
         if progress is not None:
             progress("tuning", step, steps, float(value.detach()))
-    tuned = {name: t.detach() for name, t in leaves.items()}
+    tuned = _rounded(bases, leaves)
     return _rebuilt(merged, bases, tuned if total(tuned) < total(start) else {})
 
 
@@ -142,6 +142,18 @@ def _bases(merged: nn.Module) -> dict[str, Any]:
         raise UnsupportedLayerError(
             f"this {type(merged).__name__} has no AQLM layer (aqlm.QuantizedLinear) to tune."
         )
+    return found
+
+
+def _rounded(bases: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves in float32, of values that the layers' own dtypes hold."""
+    found = {}
+    for path, base in bases.items():
+        name = join(path, "codebooks")
+        found[name] = leaves[name].detach().to(base.dtype).float()
+        name, scales = join(path, "factors"), base.scales.float()
+        whole = (scales * leaves[name].detach()).to(base.scales.dtype).float()
+        found[name] = torch.where(scales == 0, 1.0, whole / scales)
     return found
 
 

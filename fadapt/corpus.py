@@ -88,8 +88,17 @@ def _json_lines(path: Path, content: str) -> list[str]:
                 f'{path}, line {number}: expected an object with a string "text", got '
                 f"{line.strip()[:60]!r}."
             )
+        if half_pair(text):
+            raise ConfigError(
+                f"{path}, line {number}: the text holds half of a surrogate pair, which is no text."
+            )
         documents.append(text)
     return documents
+
+
+def half_pair(text: str) -> bool:
+    """Whether the string is none that has an encoding, as JSON's ``\\ud800`` makes one."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_corpus(path: Path, encode: Callable[[str], Sequence[int]], end: int, length: int) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fadapt.bases import Base
 from fadapt.errors import CheckpointError, ConfigError
 from fadapt.formats import AqlmFormat, like_named, put
-from fadapt.models import quiet
+from fadapt.models import load_config, quiet
 from fadapt.shell import join
 
 # A folder has one floating dtype: float32, bfloat16 and float16 are no formats of single layers.
@@ -57,11 +57,15 @@ def check_target(to: str) -> None:
 
 
 def skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module:
-    """The folder's model without its weights, its layers of the kind that the files hold."""
+    """The folder's model without its weights, its layers of the kind that the files hold.
+
+    Raises:
+        CheckpointError: no such configuration, or a model that this transformers does not have.
+    """
     with quiet():
         import transformers
 
-        loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        loaded = load_config(folder)
         name = (loaded.architectures or [""])[0]
         kind = getattr(transformers, name, None)
         if kind is None:

@@ -170,7 +170,15 @@ def _check(model: Path, out: Path) -> tuple[list[Path], dict[str, Any]]:
     files = sorted(model.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"--model {model}: no .safetensors file in it.")
-    config = json.loads((model / "config.json").read_text("utf-8"))
+    try:
+        config = json.loads((model / "config.json").read_text("utf-8"))
+        odd = not isinstance(config, dict) or not isinstance(
+            config.get("quantization_config") or {}, dict
+        )
+    except ValueError:
+        odd = True
+    if odd:
+        raise CheckpointError(f"--model {model}: its config.json is not that of a model.")
     quantized_by(model, config)
     if out.exists():
         raise CheckpointError(f"--out {out} exists already: remove it, or name another folder.")

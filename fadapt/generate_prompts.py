@@ -17,14 +17,14 @@ from fadapt.generation import generate
 from fadapt.models import SHIPPED, context_of, load_model, load_tokenizer, quiet
 from fadapt.named_adapters import adapter_folders, load_bank
 from fadapt.prompts import Prompt, read_prompts
-from fadapt.settings import BASES, COUNT, DTYPES, POSITIVE, SEED, SHARE
+from fadapt.settings import BASES, COUNT, DTYPES, FINITE, POSITIVE, SEED, SHARE
 
 # Options of transformers' generate: (flag, how it is parsed, what it is for, help).
 _OPTIONS: tuple[tuple[str, Any, str | None, str], ...] = (
     ("temperature", POSITIVE, "do_sample", "the scores are divided by it"),
     ("top_k", COUNT, "do_sample", "draw from the k likeliest tokens"),
     ("top_p", SHARE, "do_sample", "draw from the likeliest tokens of this share in all"),
-    ("length_penalty", float, "num_beams", "above 0 favours long sequences, below 0 short ones"),
+    ("length_penalty", FINITE, "num_beams", "above 0 favours long sequences, below 0 short ones"),
     ("repetition_penalty", POSITIVE, None, "scores of tokens that are there are divided by it"),
 )
 

@@ -20,8 +20,8 @@ from fadapt.errors import CheckpointError
 from fadapt.folder_formats import TARGETS, flat
 from fadapt.folder_plan import Folder, read_folder
 from fadapt.merging import merge_layers
-from fadapt.models import fingerprint
 from fadapt.progress import progress_bar
+from fadapt.settings import SEED
 from fadapt.shards import write
 
 Progress = Callable[[str, int, int], Any]
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of --rounding stochastic and --to aqlm"
+        "--seed", type=SEED, default=0, help="of --rounding stochastic and --to aqlm"
     )
     parser.add_argument(
         "--unsafe", action="store_true", help="merge even if the result holds NaN or Inf"
@@ -124,7 +124,9 @@ def merge_folder(
             if progress is not None:
                 progress(path, order[path], len(order))
             options: Any = {"rounding": rounding, "safe": safe, "to": folder.target(path, to)}
-            options["generator"] = torch.Generator().manual_seed(seed * 1_000_003 + order[path])
+            options["generator"] = torch.Generator().manual_seed(
+                (seed * 1_000_003 + order[path]) % 2**63
+            )
             ((_, _, merged),) = merge_layers(todo.only(path), **options)
             done.update(flat(path, merged.base)[0])
         return done.pop(name)
@@ -143,6 +145,8 @@ def merge_folder(
 
 
 def _identity(model: Path, adapters: Sequence[Path]) -> dict[str, Any]:
+    from fadapt import __version__
+
     digests = []
     for folder in adapters:
         digest = hashlib.sha256()
@@ -150,7 +154,10 @@ def _identity(model: Path, adapters: Sequence[Path]) -> dict[str, Any]:
             if path.is_file():
                 digest.update(path.name.encode() + path.read_bytes())
         digests.append(digest.hexdigest())
-    return {"model": fingerprint(model), "adapters": digests}
+    files = sorted(p for p in model.iterdir() if p.is_file())
+    stats = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in files]  # bytes are too many
+    about = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return {"fadapt": __version__, "model": about, "adapters": digests}
 
 
 def _work_folder(out: Path, identity: dict[str, Any]) -> Path:

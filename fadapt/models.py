@@ -93,15 +93,24 @@ def load_tokenizer(folder: Path) -> Any:
 def context_of(folder: Path) -> int | None:
     """How many tokens the folder's model reads at most; None if its configuration does not say."""
     _check_folder(folder)
+    config = load_config(folder).get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
+def load_config(folder: Path) -> Any:
+    """transformers' configuration of a folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is of no model that this transformers has.
+    """
     with quiet():
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:
             raise CheckpointError(f"--model {folder}: {_first_line(error)}") from error
-    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found
 
 
 def _dense(model: nn.Module) -> nn.Module:
@@ -167,10 +176,11 @@ QUANTIZERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the model in a folder: its configuration and its files' names and sizes."""
+    """Of the model in a folder: its configuration and its weights."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -182,7 +192,7 @@ def pick_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which "meta" cannot do
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {_first_line(error)}") from error
     return device
@@ -222,4 +232,5 @@ def _check_length(model: Any, length: int) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first

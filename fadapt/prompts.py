@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fadapt.bank import BASE_NAME
+from fadapt.corpus import half_pair
 from fadapt.errors import ConfigError, listing, near
 
 _KEYS = ("adapter", "prompt")
@@ -72,6 +73,8 @@ def _json(line: str, where: str) -> Prompt:
             f'{where}: expected an object with the strings "adapter" and "prompt", and no more; '
             f"got {line.strip()[:60]!r}."
         )
+    if half_pair(value["prompt"]):
+        raise ConfigError(f"{where}: the prompt holds half of a surrogate pair, which is no text.")
     return Prompt(value["adapter"], value["prompt"], where)
 
 

@@ -23,6 +23,7 @@ def _number(kind: type, low: float, high: float = float("inf"), open_low: bool =
         if value is None or not (low <= value < high) or (open_low and value == low):
             bound = f"over {low:g}" if open_low else f"of at least {low:g}"
             bound += "" if high == float("inf") else f" and under {high:g}"
+            bound = "that is finite" if low == float("-inf") else bound
             name = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"expected {name} {bound}, got {text!r}")
         return value
@@ -30,9 +31,10 @@ def _number(kind: type, low: float, high: float = float("inf"), open_low: bool =
     return parse
 
 
-COUNT, SEED = _number(int, 1), _number(int, 0)
+COUNT, SEED = _number(int, 1), _number(int, 0, 2**63)  # torch.Generator takes no larger seed
 POSITIVE, NOT_NEGATIVE = _number(float, 0, open_low=True), _number(float, 0)
 SHARE = _number(float, 0, 1)
+FINITE = _number(float, float("-inf"), open_low=True)
 BASES = (
     "int8",
     "float8",

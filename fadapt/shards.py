@@ -1,6 +1,7 @@
 """safetensors files read and written tensor by tensor: no file is held in memory."""
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,6 +106,11 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: its safetensors header is broken ({error}).") from error
+    for name, at in entries.items():
+        if at.dtype is not None and math.prod(at.shape) * at.dtype.itemsize != at.size:
+            raise CheckpointError(
+                f"{path}: its header gives {name!r} {at.kind} {list(at.shape)} {at.size:,} bytes."
+            )
     ends = [entry.stop for entry in entries.values()]
     if max(ends, default=8 + length) != size:
         raise CheckpointError(

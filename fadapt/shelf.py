@@ -76,6 +76,8 @@ class Shelf:
                 f"it has modules or biases trained themselves ({listing(saved)}), which a mixed "
                 "batch cannot wear"
             )
+        if not params:
+            return "it adapts no layer"
         if unknown := sorted(params.keys() - self.bases.keys()):
             return (
                 f"its layers {listing(unknown)} are not among the {len(self.bases)} that the bank "
@@ -150,7 +152,7 @@ def rooms_for(adapters: Iterable[tuple[Mapping[str, Any], Any]]) -> list[tuple[A
             continue
         loras += 1
         for path, leaf in layers.items():
-            ranks[path] = max(ranks.get(path, 0), leaf.lora_A.shape[0])
+            ranks[path] = max(ranks.get(path, 0), leaf[0].shape[0])
             bias = bias or hasattr(leaf, "lora_bias")
     found = list(others.items())
     if ranks:

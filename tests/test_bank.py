@@ -226,6 +226,7 @@ def test_several_methods_and_prepared_once():
         (lambda m, b: add(m, b, fa.OFT(block_size=4)), "AdapterError", "it is OFT, and the place"),
         (lambda m, b: b.add("x", {"1": make(m, fa.LoRA(rank=1), 0)["0"]}, fa.LoRA(rank=1)),
          "AdapterError", r"layers '1' are not among the 2"),
+        (lambda m, b: b.add("x", {}, fa.LoRA(rank=1)), "AdapterError", "it adapts no layer"),
         (lambda m, b: fa.Bank.of(m, fa.LoRA(), capacity=0), "ConfigError", "capacity"),
         (lambda m, b: fa.Bank.of(m, []), "ConfigError", "at least one"),
         (lambda m, b: fa.Bank.of(m, fa.LoRA(), capacity=[2, 2]), "ConfigError", "2 capacities"),

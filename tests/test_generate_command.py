@@ -1,6 +1,7 @@
 """``fadapt generate``: every prompt of the file gets the tokens that it gets alone."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -156,6 +157,8 @@ def test_the_shipped_model_from_the_shell_and_tabs(tmp_path):
         ((), "\n", "holds no prompt"),
         ((), '{"adapter": "small", "prompt": ""}', "line 1: the prompt has no token"),
         ((), '{"adapter": "small", "prompt": "%s"}' % ("a b " * 40), "of the 64|the 64 that this"),
+        ((), '{"adapter": "small", "prompt": "\\ud800"}', "line 1: the prompt holds half of a sur"),
+        (("--device", "meta"), "", "--device meta: "),
         (("--prompts", "none.jsonl"), "", "--prompts none.jsonl: "),
         (("--prompts", "none.txt"), "", "expected a .jsonl or a .tsv"),
         (("--adapter", "small"), "", "--adapter small: expected NAME=DIR"),
@@ -183,3 +186,12 @@ def test_what_cannot_work_is_one_line(given, tmp_path, monkeypatch, capsys, more
     assert err.startswith("fadapt generate: ")
     assert err.count("\n") == 1
     assert any(part in err for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    "words", [("--seed", str(2**63)), ("--num-beams", "2", "--length-penalty", "nan")]
+)
+def test_numbers_that_nothing_can_be_made_of_are_one_line(given, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*given[0], *words])
+    assert re.search(r": expected a .*(under 9|finite)", capsys.readouterr().err)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from aqlm import QuantizedLinear
-from aqlm_layers import used
+from aqlm_layers import quantized, used
 from torch import nn
 from torchao.quantization import Int8Tensor
 
@@ -203,6 +203,24 @@ def test_fine_tuning_brings_the_outputs_closer_and_keeps_the_codes():
             fa.finetune_aqlm(merged, forward, **({"batches": xs} | wrong))
     with pytest.raises(UnsupportedLayerError, match="no AQLM layer"):
         fa.finetune_aqlm(nn.Linear(2, 2), forward, xs)
+
+
+def test_tuned_layers_are_measured_as_they_are_kept():
+    """A step below what bfloat16 holds: in float32 the loss falls, and rounded it may rise."""
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        layer = quantized((2, 6, 8, 1), dtype=torch.bfloat16, bias=False).requires_grad_(False)
+        xs = [torch.randn(8, 64, generator=g) for _ in range(3)]
+        weight = fa.base_of(layer).dequantize(torch.float32)
+        wanted = weight * (1 + 1e-3 * torch.randn(weight.shape, generator=g))
+
+        def loss(found, xs=xs, wanted=wanted):
+            off = fa.base_of(found).dequantize(torch.float32) - wanted
+            each = [(x @ off.T).square().sum() / (x @ wanted.T).square().sum() for x in xs]
+            return float(sum(each))
+
+        tuned = fa.finetune_aqlm(layer, lambda x, w=wanted: x @ w.T, xs, steps=1, lr=5e-5)
+        assert loss(tuned) <= loss(layer) * (1 + 1e-5)  # the sums are of float32
 
 
 def test_a_search_out_of_time_keeps_what_it_has():

@@ -1,6 +1,7 @@
 """``fadapt merge``: a model's folder and PEFT folders into a new folder; resumed, and refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_a_stopped_run_goes_on_and_ends_on_the_same_bytes(folders, tmp_path):
     rest.clear()
     merge_folder(model, [adapter], tmp_path / "new", progress=lambda *a: rest.append(a[0]))
     assert len(rest) == 8
+    # Nor a merge of a model whose files were written anew, of the same names and sizes.
+    trained = shutil.copytree(model, tmp_path / "trained")
+    seen.clear()
+    with pytest.raises(StopError):
+        merge_folder(trained, [adapter], tmp_path / "last", progress=stop, **options)
+    for path in trained.glob("*.safetensors"):
+        save_file({n: 2 * t for n, t in load_file(path).items()}, path, {"format": "pt"})
+    rest.clear()
+    last = tmp_path / "last"
+    merge_folder(trained, [adapter], last, progress=lambda *a: rest.append(a[0]), **options)
+    assert len(rest) == 8
 
 
 def test_refusals_come_before_any_work(folders, tmp_path, monkeypatch):
@@ -164,6 +176,23 @@ def test_refusals_come_before_any_work(folders, tmp_path, monkeypatch):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="cut off"):
         merge_folder(cut, [adapter], out)
+    raw = (model / shard.name).read_bytes()
+    shard.write_bytes(re.sub(rb'"shape":\[\d', b'"shape":[9', raw, count=1))
+    with pytest.raises(CheckpointError, match=r"its header gives '.*' BF16 \[9"):
+        merge_folder(cut, [adapter], out)
+    config = cut / "config.json"
+    whole = json.loads(config.read_text())
+    for text, words in (
+        ("{", "is not that of a model"),
+        ("[]", "is not that of a model"),
+        (json.dumps(whole | {"quantization_config": "int8"}), "is not that of a model"),
+        (json.dumps(whole | {"model_type": "lama"}), "model type `lama`"),
+        (json.dumps(whole | {"num_attention_heads": 7}), "number of attention heads"),
+    ):
+        config.write_text(text)
+        shutil.copy(model / shard.name, shard)
+        with pytest.raises(CheckpointError, match=words):
+            merge_folder(cut, [adapter], out)
     quantized = shutil.copytree(model, tmp_path / "quantized")
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}

@@ -258,6 +258,9 @@ def test_a_mixed_batch_is_the_loop():
         bank = bank.add(str(k), params, method)
     held = fa.bind_mixed(model, bank.method)(bank.params, bank.ids(["1", "0", "base", "1"]), ids)
     assert error(held, mixed(many, worn, ids)) <= EPS
+    bank = fa.Bank.holding(model, {str(k): (p, method) for k, p in enumerate(adapters)}, dtype=F64)
+    held = fa.bind_mixed(model, bank.method)(bank.params, bank.ids(["1", "0", "base", "1"]), ids)
+    assert error(held, mixed(many, worn, ids)) <= EPS
     one = fa.bind_mixed(model.one, replace(method, targets=""))
     with pytest.raises(AdapterError, match=r"a convolution is \[n, in, \*size\]"):
         one({"": many["one"]}, [0, 1], torch.zeros(2, 8, dtype=F64))

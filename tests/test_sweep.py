@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load, load_file, save_file
 from small_lm import make_model, make_texts
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -254,7 +254,8 @@ def test_resume_refuses_what_is_not_the_same_run(paths, tmp_path, capsys):
     out = tmp_path / "run"
     texts = tmp_path / "texts"
     shutil.copytree(paths[1], texts)
-    paths = (paths[0], texts)
+    model, given = shutil.copytree(paths[0], tmp_path / "model"), paths[1]
+    paths = (model, texts)
     assert cli.main(["sweep", "--resume", "--out", str(out)]) == 2
     assert "there is no state to go on from" in capsys.readouterr().err
     assert cli.main(flags(paths, out, "--rank", "2")) == 0
@@ -265,6 +266,12 @@ def test_resume_refuses_what_is_not_the_same_run(paths, tmp_path, capsys):
     (texts / "words.jsonl").write_text('{"text": "something else was written here"}\n')
     assert cli.main(flags(paths, out, "--rank", "2", "--resume")) == 2
     assert "the texts changed since the run" in capsys.readouterr().err
+    shutil.copy(given / "words.jsonl", texts)
+    assert cli.main(flags(paths, out, "--rank", "2", "--resume")) == 0
+    tensors = load_file(model / "model.safetensors")
+    save_file({n: 2 * t for n, t in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    assert cli.main(flags(paths, out, "--rank", "2", "--resume")) == 2
+    assert "the model changed since the run" in capsys.readouterr().err
     state = out / "state.safetensors"
     state.write_bytes(state.read_bytes()[:50])
     assert cli.main(flags(paths, out, "--rank", "2", "--resume")) == 2

@@ -150,6 +150,7 @@ def test_every_epoch_sees_every_window_once_in_its_own_order():
         ("a.jsonl", '{"text": "a"}\n\n{"text": ', "line 3: not JSON"),
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', 'line 2: expected an object with a string "t'),
         ("a.jsonl", '["text"]', "line 1: expected an object"),
+        ("a.jsonl", '{"text": "\\ud800"}', "line 1: the text holds half of a surrogate pair"),
         ("a.csv", "text\na\n", r"expected a \.txt or a \.jsonl"),
     ],
 )
