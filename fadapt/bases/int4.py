@@ -31,17 +31,17 @@ class Int4:
         qdata: int8 ``[out, in / 2]``, the q of two neighbours of a row in a byte, the first in its
             lower half.
         scale, zero_point: ``[out, in / g]``, both in the dtype that W is dequantized to.
+        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
         bias: ``[out]`` or None.
         act_pre_scale: ``[in]``, multiplied into x first (AWQ), else None.
-        form: how torchao's own tensor is made again; it has ``weight(base) -> Tensor``.
     """
 
     qdata: Tensor
     scale: Tensor
     zero_point: Tensor
+    form: Any
     bias: Tensor | None = None
     act_pre_scale: Tensor | None = None
-    form: Any = None
 
     @property
     def in_features(self) -> int:
