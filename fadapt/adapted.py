@@ -74,10 +74,7 @@ class Adapted:
         kind = torch.promote_types(dtype or self.dtype, torch.float32)
         weight: Tensor = self.base.dequantize(kind)
         where = slice(self.start, self.start + self.out_features)
-        with without_autocast(weight):
-            for method, params in self.steps:
-                weight = method.merge(weight, params, where)
-        return weight.to(kind)
+        return with_steps(weight, self.steps, where).to(kind)
 
     def rows(self, rows: slice) -> "Adapted":
         """Some of the rows."""
@@ -91,6 +88,14 @@ class Adapted:
         method.check(base, params, path)
         ready = method.prepare({path: params}, {path: base})[path]
         return replace(self, steps=(*self.steps, Step(method, ready)))
+
+
+def with_steps(weight: Tensor, steps: Sequence[Step], rows: slice = slice(None)) -> Tensor:
+    """Rows of the merged weight from the same rows of W, whatever autocast."""
+    with without_autocast(weight):
+        for method, params in steps:
+            weight = method.merge(weight, params, rows)
+    return weight
 
 
 def unmerged(weight: Tensor, steps: Sequence[Step], rows: slice) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fadapt.adapted import Adapted, row_blocks
+from fadapt.adapted import Adapted, row_blocks, with_steps
 from fadapt.errors import AdapterError, ConfigError, MergeError
 from fadapt.layer_merge import not_finite
 from fadapt.measure import shares
@@ -173,10 +173,7 @@ def _wanted(adapted: Adapted, path: str, how: Recode) -> Tensor:
     if weight is None or tuple(weight.shape) != shape:
         came = "nothing" if weight is None else f"shape {list(weight.shape)}"
         raise AdapterError(f"original: layer {path!r} needs a weight {list(shape)}, got {came}.")
-    weight = weight.detach().float()
-    for method, params in adapted.steps:
-        weight = method.merge(weight, params)
-    return weight.float()
+    return with_steps(weight.detach().float(), adapted.steps).float()
 
 
 def _unchanged(adapted: Adapted, rows: slice) -> bool:

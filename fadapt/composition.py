@@ -194,7 +194,9 @@ class Composed:
     def _seeds(self, dropout: Tensor | torch.Generator | None) -> dict[str, Tensor]:
         if dropout is None:
             return {}
-        part = next((p for p in self.parts if p.method.dropout), self.parts[0])
+        # Of a method that drops out on embeddings alone, which have none, nothing can be asked.
+        able = [p for p in self.parts if any(at.method.dropout for at in p.layers.values())]
+        part = (able or [p for p in self.parts if p.method.dropout] or self.parts)[0]
         if isinstance(dropout, Mapping):
             raise ConfigError("several adapters take one seed or generator, not masks by path.")
         (seed,) = {id(seed): seed for seed in part._seeds(dropout).values()}.values()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fadapt.adapted import Adapted, row_blocks
+from fadapt.adapted import Adapted, row_blocks, with_steps
 from fadapt.aqlm_merge import Recode
 from fadapt.measure import Shares, shares
 from fadapt.merging import merge_layers
@@ -158,9 +158,7 @@ def merge_report(
 def _truth(weight: Tensor, adapted: Adapted, new: Any, moment: Tensor | None) -> Any:
     base, beside = adapted.base.dequantize(torch.float32), adapted.dequantize(torch.float32)
     before = shares([(weight, base, base)], moment).delta
-    wanted = weight
-    for method, params in adapted.steps:
-        wanted = method.merge(wanted, params).float()
+    wanted = with_steps(weight, adapted.steps).float()
     new = new.dequantize(torch.float32)
     errors = (shares([(base, wanted, found)], moment).error for found in (new, beside, base))
     return before, Truth(*errors)

@@ -119,6 +119,17 @@ def test_dropout_is_another_for_each():
     assert torch.equal(dropped, forward([p, minus], x, dropout=seed))
 
 
+def test_dropout_beside_an_adapter_of_an_embedding():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4))
+    methods = [fa.LoRA(rank=2, targets=[path], dropout=0.5) for path in ("0", "1")]
+    g = torch.Generator().manual_seed(0)
+    params = [randomized(fa.init(m, model, generator=g), k) for k, m in enumerate(methods)]
+    forward, ids, seed = fa.bind(model, methods), torch.tensor([[1, 2]]), torch.tensor(3)
+    dropped = forward(params, ids, dropout=seed)
+    assert torch.equal(dropped, forward(params, ids, dropout=seed))
+    assert not torch.equal(dropped, forward(params, ids))
+
+
 def test_a_module_trained_whole_by_one_and_adapted_by_another():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
     methods = [fa.LoRA(rank=2, targets=["0"], modules_to_save=["1"]), fa.LoRA(rank=2)]
