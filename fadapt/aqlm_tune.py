@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from fadapt.bases import base_of
 from fadapt.errors import ConfigError, UnsupportedLayerError
+from fadapt.merging import placed, with_layers
 from fadapt.shell import join, share
 
 Loss = Callable[[Any, Any], Tensor]
@@ -68,7 +69,7 @@ def finetune_aqlm(
     if not fed:
         raise ConfigError("finetune_aqlm: no batch was given.")
     loss = loss or distance
-    shell = _with(share(merged, {}), {path: _Tuned(base) for path, base in bases.items()})
+    shell = placed(share(merged, {}), [(path, _Tuned(base)) for path, base in bases.items()])
     start = {
         join(path, name): value
         for path, base in bases.items()
@@ -158,24 +159,15 @@ def _rounded(bases: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> dict[str
 
 
 def _rebuilt(merged: nn.Module, bases: Mapping[str, Any], tuned: Mapping[str, Tensor]) -> nn.Module:
-    from fadapt.bases.aqlm import aqlm_layer
-
-    fresh = {}
+    fresh = []
     for path, base in bases.items():
+        new = base
         if tuned:
             books, factors = tuned[join(path, "codebooks")], tuned[join(path, "factors")]
             scales = (base.scales.float() * factors).to(base.scales.dtype)
-            base = replace(base, codebooks=books.to(base.dtype), scales=scales)
-        fresh[path] = aqlm_layer(base).train(merged.get_submodule(path).training)
-    return _with(share(merged, {}), fresh)
-
-
-def _with(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    for path, layer in layers.items():
-        if not path:
-            return layer
-        model.set_submodule(path, layer)
-    return model
+            new = replace(base, codebooks=books.to(base.dtype), scales=scales)
+        fresh.append((path, base, new))
+    return with_layers(merged, fresh)
 
 
 def _loss(

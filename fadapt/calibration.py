@@ -1,6 +1,7 @@
 """What calibration inputs tell of each adapted layer: second moments, for rounding by the error of
 its outputs; the largest magnitude, for formats that round the inputs too."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def input_amax(
         ``{path: amax}``, which merging ``to="inc-fp8"`` needs.
 
     Raises:
-        AdapterError: no batch, or a layer that none of them reached.
+        AdapterError: no batch, a layer that none of them reached, or NaN or Inf in its inputs.
 
     Example:
         >>> import torch, fadapt
@@ -76,7 +77,10 @@ def input_amax(
     found: dict[str, float] = {}
 
     def add(path: str, x: Tensor) -> None:
-        found[path] = max(found.get(path, 0.0), float(x.abs().max()))
+        largest = float(x.abs().max())
+        if not math.isfinite(largest):
+            raise AdapterError(f"input_amax: the inputs of layer {path!r} hold NaN or Inf.")
+        found[path] = max(found.get(path, 0.0), largest)
 
     _watch("input_amax", model, params, method, batches, add)
     return found

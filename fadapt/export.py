@@ -18,6 +18,7 @@ from fadapt.errors import ConfigError
 from fadapt.export_cache import decoder_inputs, output_names, with_cache
 from fadapt.export_graph import Axes, check_axes, trace
 from fadapt.export_manifest import (
+    bank_of,
     check_export,
     count_of,
     data_of,
@@ -156,6 +157,7 @@ def export(
                 torch._inductor.aoti_compile_and_package(program, package_path=str(fresh))
         # Until its manifest is written too, the old one does not fit it.
         data_of(path).unlink(missing_ok=True)
+        bank_of(path).unlink(missing_ok=True)
         for made in (data_of(fresh), fresh):
             if made.exists():
                 os.replace(made, path.with_name(made.name))

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils._pytree import tree_leaves
 
 from fadapt.export import export, suffix_of
-from fadapt.export_manifest import ids_of, plain_bank
+from fadapt.export_manifest import bank_of, ids_of, plain_bank
 from fadapt.models import load_model, quiet
 from fadapt.named_adapters import adapter_folders, load_bank
 from fadapt.settings import BASES, COUNT, DTYPES
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _write_bank(out: Path, bank: Any) -> Path:
     from safetensors.torch import save_file
 
-    path = out.with_name(f"{out.name}.bank.safetensors")
+    path = bank_of(out)
     leaves = tree_leaves(plain_bank(bank))
     save_file({f"bank_{k}": leaf.contiguous() for k, leaf in enumerate(leaves)}, path)
     return path

@@ -74,6 +74,11 @@ def data_of(path: Path) -> Path:
     return _beside(path, ".data")
 
 
+def bank_of(path: Path) -> Path:
+    """Where ``fadapt export`` puts the adapters that are a graph's inputs."""
+    return _beside(path, ".bank.safetensors")
+
+
 def of_source(
     model: nn.Module, method: Any, bank: Any, state: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fadapt.errors import CheckpointError
 from fadapt.folder_formats import TARGETS, flat
 from fadapt.folder_plan import Folder, read_folder
-from fadapt.merging import merge_layers
+from fadapt.merging import check_rounding, merge_layers
 from fadapt.progress import progress_bar
 from fadapt.settings import SEED
 from fadapt.shards import write
@@ -103,9 +103,10 @@ def merge_folder(
 
     Raises:
         CheckpointError: a folder that cannot be read, or is there already; a disk without room.
-        ConfigError: no folder holds the format ``to``.
+        ConfigError: no folder holds the format ``to``, or it has no use for the rounding.
         AdapterError, MergeError: as :func:`fadapt.merge`.
     """
+    check_rounding(to, rounding)
     folder = read_folder(model, adapters, out, to, safe)
     identity = {"to": to, "rounding": rounding, "seed": seed, "safe": safe}
     work = _work_folder(out, _identity(model, adapters) | identity)

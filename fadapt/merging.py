@@ -129,12 +129,22 @@ def with_layers(model: nn.Module, layers: Iterable[tuple[str, Any, Any]]) -> nn.
         layers: ``(path, the base that is there, the base that is to be)``.
     """
     shell = share(model, {})
+    new = ((path, rebuilt(shell.get_submodule(path), old, to)) for path, old, to in layers)
+    return placed(shell, new)
+
+
+def placed(shell: nn.Module, layers: Iterable[tuple[str, nn.Module]]) -> nn.Module:
+    """``shell`` with these layers in it, each wherever the one that it replaces was.
+
+    Args:
+        shell: changed, and returned; or the layer that takes the place of all of it.
+        layers: ``(path, the layer)``.
+    """
     names = {id(m): path for path, m in shell.named_modules()}
     aliases: dict[str, list[str]] = {}
     for alias, module in shell.named_modules(remove_duplicate=False):
         aliases.setdefault(names[id(module)], []).append(alias)
-    for path, old, new in layers:
-        layer = rebuilt(shell.get_submodule(path), old, new)
+    for path, layer in layers:
         for alias in aliases[path]:
             if alias:
                 shell.set_submodule(alias, layer)
@@ -175,9 +185,13 @@ def merge_layers(
             ``to="aqlm-..."``, ``Recode()``.
         safe: refuse NaN and Inf, in the adapter and in the result.
         progress: called before each layer, with its path, its index and their number.
+
+    Raises:
+        ConfigError: no such format or rounding, or one that the format has no use for.
     """
     how = Rounding(rounding, generator, moments)
     at_nearest = how if rounding == "stochastic" else Rounding()
+    check_rounding(to, rounding)
     likes = {p: b if to is None else like_named(to, b, p, amax) for p, b in todo.bases.items()}
     for k, (path, like) in enumerate(likes.items()):
         if progress is not None:
@@ -197,6 +211,15 @@ def merge_layers(
             continue
         merged = merge_layer(adapted, path, mine, like=like, scales=chosen, safe=safe)
         yield Layer(path, adapted, merged)
+
+
+def check_rounding(to: str | None, rounding: str) -> None:
+    """Raise ConfigError if the format ``to`` has no use for this rounding."""
+    if to is not None and to.startswith("aqlm") and rounding != "nearest":
+        raise ConfigError(
+            f"rounding={rounding!r} with to={to!r}: AQLM's codes are searched for, not rounded. "
+            "Leave rounding out."
+        )
 
 
 def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding, safe: bool) -> Merged:

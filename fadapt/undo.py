@@ -149,7 +149,9 @@ def _unpacked(name: str, found: Record, shape: Any, guesses: Any, path: str) -> 
     wanted, *sizes = found[f"{name}.parts"].tolist()
     packed, crc, start, out = found[name].cpu().numpy().tobytes(), 0, 0, []
     for guess, size in zip(guesses, sizes, strict=False):
-        wrong = bytearray(zlib.decompress(packed[start : start + size]))
+        wrong = bytearray()  # of bytes that are no record: of no length that fits
+        with contextlib.suppress(zlib.error):
+            wrong = bytearray(zlib.decompress(packed[start : start + size]))
         start += size
         guessed = _bytes(guess)
         if len(wrong) != guessed.numel():

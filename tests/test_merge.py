@@ -404,6 +404,9 @@ def test_a_record_of_another_merge_is_refused():
     merged, undo = fa.merged_model(model, one, method, undo=True)
     with pytest.raises(AdapterError, match="does not give back"):
         fa.unmerge(merged, two, method, undo=undo)
+    broken = {"0": undo["0"] | {"codes": undo["0"]["codes"] ^ 1}} | {"2": undo["2"]}
+    with pytest.raises(AdapterError, match="does not give back"):
+        fa.unmerge(merged, one, method, undo=broken)
     with pytest.raises(MergeError, match="other layers"):
         fa.unmerge(merged, one, method, undo={"0": undo["0"]})
 

@@ -205,6 +205,14 @@ def test_fine_tuning_brings_the_outputs_closer_and_keeps_the_codes():
         fa.finetune_aqlm(nn.Linear(2, 2), forward, xs)
 
 
+def test_a_layer_of_two_names_is_tuned_as_one():
+    layer = quantized((2, 6, 8, 1), 16, 16, bias=False).requires_grad_(False)
+    model, x = nn.Sequential(layer, nn.Tanh(), layer), torch.ones(2, 16)
+    tuned = fa.finetune_aqlm(model, lambda x: 0.9 * model(x).detach(), [x], steps=5)
+    assert tuned[0] is tuned[2]
+    assert not torch.equal(tuned[2].codebooks, layer.codebooks)
+
+
 def test_tuned_layers_are_measured_as_they_are_kept():
     """A step below what bfloat16 holds: in float32 the loss falls, and rounded it may rise."""
     for seed in range(12):

@@ -207,6 +207,8 @@ def test_refusals_come_before_any_work(folders, tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=words):
             merge_folder(model, [adapter], out, to=to)
+    with pytest.raises(ConfigError, match="searched for, not rounded"):
+        merge_folder(model, [adapter], out, to="aqlm-2x8", rounding="search")
     assert not out.exists()
     assert not list(tmp_path.glob(".out*/*.safetensors"))
 

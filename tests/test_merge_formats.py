@@ -131,6 +131,8 @@ def test_inc_rounds_the_inputs_as_its_own_calibration_does(hp):
     model = nn.Sequential(inc_layers.linear(16, 8)).to(x.dtype)
     params = fa.init(METHOD, model, generator=seeded())  # changes nothing
     amax = fa.input_amax(model, params, METHOD, x.split(16))
+    with pytest.raises(AdapterError, match=r"layer '.*' hold NaN or Inf"):
+        fa.input_amax(model, params, METHOD, [x, x * float("nan")])
     assert amax == {"0": float(x.abs().max())}
     new = fa.base_of(fa.merged_model(model, params, METHOD, to="inc-fp8", amax=amax)[0])
     theirs = inc_layers.quantized(nn.Sequential(inc_layers.linear(16, 8)), x, inc_layers.PCS, hp)
@@ -203,6 +205,7 @@ def test_what_cannot_be_merged_into_says_what_to_do():
         ("aqlm-2x8", {}, ConfigError, "draws .* generator="),
         ("aqlm-2x17", {"generator": seeded()}, ConfigError, "1 to 16 bits"),
         ("aqlm-2x8-group3", {"generator": seeded()}, ConfigError, "groups of 3 do not divide"),
+        ("aqlm-2x8", {"rounding": "search"}, ConfigError, "codes are searched for, not rounded"),
         ("int4-group5", {}, ConfigError, "groups of 5 do not divide"),
         ("int9", {}, ConfigError, r"no such format.*inc-fp8"),
     ]
