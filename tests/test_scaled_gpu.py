@@ -1,13 +1,15 @@
 """The GPU kernel that dequantizes int8 and float8 weights, beside plain torch: the same bits."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from fadapt.bases import fp8, int8_product
-from fadapt.kernels import gpu, scaled_gpu
+from fadapt.kernels import scaled_gpu
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or gpu.triton is None,
+    not torch.cuda.is_available() or find_spec("triton") is None,
     reason="a Triton kernel: it needs a GPU, and nothing stands in for one",
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
