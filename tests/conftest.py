@@ -9,6 +9,8 @@ import torch
 from torch._functorch import eager_transforms
 
 functorch = torch._C._functorch
+# A script, which test_custom_loop.py runs in a folder of its own; doctests would import it here.
+collect_ignore = ["example_training_loop.py"]
 
 
 def leaked() -> list[str]:
