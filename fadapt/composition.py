@@ -183,9 +183,10 @@ class Composed:
                 fields = ready[path]._asdict()
                 tensors |= {join(path, f"{name}{k}"): t for name, t in fields.items()}
             for path in part.saved:
-                held = {join(path, name): t for name, t in adapter[path].items()}
+                own = part.of_module(path, adapter[path])
+                held = {join(path, name): t for name, t in own.items()}
                 if path in part.biases:
-                    held = {bias_at(self.shell, part.biases[path]): adapter[path]["bias"]}
+                    held = {bias_at(self.shell, part.biases[path]): own["bias"]}
                 if tensors.keys() & held.keys():
                     raise AdapterError(f"module {path!r} is trained by two of the adapters.")
                 tensors |= held

@@ -29,9 +29,18 @@ from torch import Tensor, nn
 
 from fadapt.checkpointing import keep_adapter, watch
 from fadapt.errors import AdapterError, ConfigError, near
-from fadapt.lending import Lender
+from fadapt.lending import Lender, Scratch
 from fadapt.method import Method, over
-from fadapt.shell import AdaptedLinear, bias_at, join, layers_of, quantized, read, share
+from fadapt.shell import (
+    AdaptedLinear,
+    bias_at,
+    join,
+    layers_of,
+    quantized,
+    read,
+    share,
+    written_to,
+)
 from fadapt.trained import saved_modules, trained_biases
 
 if TYPE_CHECKING:
@@ -74,14 +83,11 @@ class Forward:
         watch(shell, self._lender, trained | set(self.biases.values()) - self.layers.keys())
         self._paths = self.layers.keys() | self.saved.keys()
         self._fits: Any = None
+        self._dtypes = {
+            join(p, n): self._own(p, n).dtype for p in self.saved for n in self.saved[p]
+        }
         self._moved = {join(p, "bias"): bias_at(shell, at) for p, at in self.biases.items()}
-        modules = shell.named_modules(remove_duplicate=False)
-        kept = [join(path, "base_layer.") for path, m in modules if isinstance(m, AdaptedLinear)]
-        self._buffers = [
-            (name, buffer)
-            for name, buffer in shell.named_buffers(remove_duplicate=False)
-            if not name.startswith(tuple(kept))
-        ]
+        self._scratch = Scratch(written_to(shell))
 
     def __repr__(self) -> str:
         return f"Forward({type(self.shell).__name__}, {len(self.layers)} layers, {self.method})"
@@ -117,6 +123,8 @@ class Forward:
         tensors = self._seeds(dropout)
         if params is not None:
             for path, leaf in self.prepare(params).items():
+                if path in self.saved:
+                    leaf = self.of_module(path, leaf)
                 fields: Any = getattr(leaf, "_fields", leaf)
                 for name, tensor in zip(fields, _parts(leaf), strict=True):
                     tensors[join(path, name)] = tensor
@@ -133,13 +141,7 @@ class Forward:
     ) -> Any:
         """Call the shell, or a function that runs it, with these tensors, by name, in place of what
         it holds."""
-        # A forward may write to its buffers (running statistics): let it write to copies.
-        copies: dict[int, Tensor] = {}
-        for name, buffer in self._buffers:
-            if name not in tensors:
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.clone()
-                tensors[name] = copies[id(buffer)]
+        self._scratch.fill(tensors)
         return self._lender.call(function or self.shell, tensors, args, kwargs)
 
     def prepare(self, params: Adapter) -> Adapter:
@@ -152,6 +154,10 @@ class Forward:
         """
         self._check(params)
         return self.method.prepare(params, {path: at.base for path, at in self.layers.items()})
+
+    def of_module(self, path: str, leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One entry of ``saved``, in the dtypes that the model has there."""
+        return {name: t.to(self._dtypes[join(path, name)]) for name, t in leaf.items()}
 
     def _check(self, params: Adapter) -> None:
         form = form_of(params)
@@ -174,24 +180,22 @@ class Forward:
                     f"module {path!r} is trained itself: expected the parameters {list(names)}, "
                     f"got {sorted(params[path])}."
                 )
-            for name in () if path in self.biases else names:
-                own, given = (
-                    self.shell.get_parameter(join(path, name)).shape,
-                    params[path][name].shape,
-                )
-                if given != own:
+            for name in names:
+                own, given = self._own(path, name), params[path][name]
+                if given.shape != own.shape or not given.is_floating_point():
                     raise AdapterError(
-                        f"module {path!r} is trained itself: expected {name} {list(own)}, got "
-                        f"{list(given)}."
+                        f"module {path!r} is trained itself: expected {name} {list(own.shape)}, of "
+                        f"a floating dtype, got {given.dtype} {list(given.shape)}."
                     )
-        for path, at in self.biases.items():
-            held: Any = self.shell.get_submodule(at)
-            layer_bias: Any = held.base.bias if isinstance(held, AdaptedLinear) else held.bias
-            own = layer_bias.shape
-            given = params[path]["bias"].shape
-            if given != own:
-                raise AdapterError(f"{path!r}: expected bias {list(own)}, got {list(given)}.")
         self._fits = form
+
+    def _own(self, path: str, name: str) -> Tensor:
+        """What the shell itself holds where an entry of ``saved`` goes."""
+        if path not in self.biases:
+            return self.shell.get_parameter(join(path, name))
+        held: Any = self.shell.get_submodule(self.biases[path])
+        bias: Any = held.base.bias if isinstance(held, AdaptedLinear) else held.bias
+        return bias  # type: ignore[no-any-return]
 
     def _seeds(self, dropout: Dropout) -> dict[str, Tensor]:
         if dropout is None:
@@ -235,8 +239,9 @@ def bind(model: nn.Module, method: Any, state: Mapping[str, Tensor] | None = Non
     """A pure forward of ``model`` with the adapters of ``method``.
 
     It shares every tensor with the model, detached: no gradient ever reaches the model. Modes
-    (train or eval) are the model's at the time of binding. Buffers that a forward writes to are
-    written in a copy and forgotten. A ``Forward`` runs in one thread at a time (each call lends the
+    (train or eval) are the model's at the time of binding. What a forward writes to its buffers,
+    and to tensors that are a module's plain attributes (alone, or in a list, tuple or dict), is
+    written in copies and forgotten. A ``Forward`` runs in one thread at a time (each call lends the
     shell its tensors): bind one for each thread.
 
     Args:

@@ -60,7 +60,9 @@ class LoRA:
         init: ``"kaiming"`` (A uniform in ±1/sqrt(in), B = 0), ``"gaussian"`` (A normal with
             std 1/r, B = 0), ``"orthogonal"`` (B A = 0 with neither zero), ``"pissa"`` (Meng et al.
             2024, arXiv:2404.02948) or ``"olora"`` (Büyükakyüz 2024, arXiv:2406.01775).
-        modules_to_save: modules trained whole, beside the adapters.
+        modules_to_save: modules trained whole, beside the adapters. Their parameters, and biases
+            that are trained, may be of a wider dtype than the model's (float32 of a bfloat16
+            model's): they are cast to it in each call, as they are when PEFT loads them.
         dtype: of the parameters; None means float32 (float64 over a float64 base).
         bias: which of the model's biases are trained too: ``"none"``, those of the adapted layers
             (``"adapter_only"``), or every module's ``bias`` (``"all"``). They are entries of the

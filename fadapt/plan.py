@@ -89,7 +89,8 @@ def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
             steps[path] = (*steps.get(path, ()), Step(layer.method, adapter[path]))
         for path in forward.saved:
             at = forward.biases.get(path, path)
-            held = {join(at, name): t.detach() for name, t in adapter[path].items()}
+            own = forward.of_module(path, adapter[path])
+            held = {join(at, name): t.detach() for name, t in own.items()}
             if held.keys() & (saved.keys() | biases.keys()):
                 raise AdapterError(f"module {at!r} is trained by two of the adapters.")
             if path in forward.biases:

@@ -113,6 +113,13 @@ def share(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in state.items():
         if name not in named:
             raise AdapterError(f"state: the model has no tensor {name!r}.{near(name, named)}")
+        own = named[name]
+        if tensor.shape != own.shape or tensor.dtype != own.dtype:
+            raise AdapterError(
+                f"state: {name!r} is {own.dtype} {list(own.shape)} in the model, and got "
+                f"{tensor.dtype} {list(tensor.shape)}. Pass what fadapt.init or fadapt.merge "
+                "returned for this model, or a tensor like its own."
+            )
         memo[id(named[name])] = _frozen(tensor, named[name])
     shell = copy.deepcopy(model, memo)
     for name in state:
@@ -125,6 +132,30 @@ def _frozen(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=False)
     return tensor.detach()
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def written_to(shell: nn.Module) -> dict[str, Any]:
+    """``{name: value}`` of all that a forward of the shell may write to: its buffers, and its
+    modules' plain attributes that are tensors, or hold some."""
+    found: dict[str, Any] = {}
+    kept: list[str] = []
+    for path, module in shell.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLinear):
+            kept.append(join(path, "base_layer."))
+        elif not path.startswith(tuple(kept)):
+            for name, value in vars(module).items():
+                if name not in _REGISTERED and any(
+                    isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
+                    for leaf in tree_leaves(value)
+                ):
+                    found[join(path, name)] = value
+    for name, buffer in shell.named_buffers(remove_duplicate=False):
+        if not name.startswith(tuple(kept)):
+            found[name] = buffer
+    return found
 
 
 def layers_of(model: nn.Module, method: Method) -> dict[str, nn.Module]:

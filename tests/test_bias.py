@@ -12,6 +12,7 @@ from test_peft import IDS, llama
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import BertConfig, BertForSequenceClassification
 from transforms import TRANSFORMS, error, loss, plain_grads
 
 import fadapt as fa
@@ -211,6 +212,29 @@ def test_peft_is_the_oracle(name, kind, saved, tmp_path):
     assert {k for k in theirs.keys() - ours.keys() if "head" not in k} == set()
 
 
+@pytest.mark.parametrize("kind", ["all", "adapter_only"])
+@pytest.mark.parametrize("name", ["llama", "bert", "encoder"])
+def test_the_biases_are_those_that_peft_trains(name, kind):
+    """Norms' and heads' too; no ``in_proj_bias``, whose name PEFT does not take for a bias."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    bert = BertConfig(vocab_size=16, num_attention_heads=2, max_position_embeddings=8, **small)
+    make, targets = {
+        "llama": (llama, ["q_proj", "up_proj"]),
+        "bert": (lambda: BertForSequenceClassification(bert), ["query", "intermediate.dense"]),
+        "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 24), ["linear1"]),
+    }[name]
+    with torch.random.fork_rng(devices=[]):
+        model = make()
+        config = LoraConfig(bias=kind.replace("adapter", "lora"), target_modules=targets)
+        wrapped = get_peft_model(copy.deepcopy(model), config)
+    named = [n for n, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in n]
+    theirs = {n.removeprefix("base_model.model.") for n in named}
+    method = fa.LoRA(targets=targets, bias=kind)
+    params = fa.init(method, model, generator=torch.Generator())
+    assert theirs == {f"{path}.bias" for path, leaf in params.items() if isinstance(leaf, dict)}
+    assert any("norm" in n.lower() for n in theirs) == (kind == "all" and name != "llama")
+
+
 def test_stacked_composed_and_compiled():
     model, x = net(), inputs()
     small, large = (fa.LoRA(rank=r, alpha=6, targets=["up", "down"], bias="all") for r in (1, 3))
@@ -284,7 +308,7 @@ def test_refusals(tmp_path):
             call()
     with pytest.raises(AdapterError, match="combine"):
         fa.combine([params, params], [1, 1], methods=method)
-    with pytest.raises(AdapterError, match=r"'norm': expected bias \[8\], got \[7\]"):
+    with pytest.raises(AdapterError, match=r"'norm' is trained itself: expected bias \[8\].*\[7\]"):
         fa.bind(model, method)(params | {"norm": {"bias": torch.zeros(7)}}, inputs())
     with pytest.raises(AdapterError, match="1 missing"):
         fa.bind(model, method)({p: t for p, t in params.items() if p != "norm"}, inputs())

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -129,6 +130,56 @@ def test_statistics_stay_whatever_the_modules_are_called():
     method = fa.LoRA(rank=2, targets=["head"])
     params, x = adapter(model, method), torch.randn(8, 4, dtype=F64, generator=seeded())
     ft.assert_pure(lambda: fa.bind(model, method)(params, x), model)
+
+
+class Notes(nn.Module):
+    """Keeps tensors of its own beside its buffers, and writes to all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.calls, self._sums = torch.zeros(4, dtype=F64), [torch.zeros(4, dtype=F64)]
+        self.again, self.named = self.calls, {"count": torch.zeros((), dtype=F64)}
+        self.register_buffer("table", torch.zeros(6, dtype=F64))
+        self.head, self.tail = self.table[:3], self.table[2:]  # they overlap
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self._sums[0].add_(self.again)
+        self.named["count"] += 2
+        self.head.add_(1)
+        self.tail.mul_(3)
+        y = self.last(torch.tanh(self.first(x)))
+        return y + self._sums[0] + self.named["count"] * self.table.sum()
+
+
+def test_tensors_that_are_plain_attributes_are_written_in_copies(tmp_path):
+    model = filled(Notes()).eval().requires_grad_(False)
+    method = fa.LoRA(rank=2, targets=["first"])
+    params, x = adapter(model, method), torch.randn(3, 4, dtype=F64, generator=seeded())
+    want = merged(model, method, params)(x)
+    bank, given = fa.stack([params, params]), {"inputs": {"x": x}, "dynamic": {"x": {0: "batch"}}}
+    forward, mixed = fa.bind(model, method), fa.bind_mixed(model, method)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    path = tmp_path / "graph.pt2"
+
+    def exported():
+        fa.export(model, method, path, bank=bank, **given)
+        return fa.load_export(path)([0, 1, 0], {"x": x}, bank)[0]
+
+    calls = {
+        "eager": lambda: forward(params, x),
+        "mixed": lambda: mixed(bank, [0, 1, 0], x),
+        "mapped": lambda: vmap(forward, (0, None))(bank, x)[1],
+        "composed": lambda: fa.bind(model, [method])([params], x),
+        "compiled": lambda: compiled(params, x),
+        "copied": lambda: copy.deepcopy(forward)(params, x),
+        "exported": exported,
+    }
+    for call in calls.values():
+        call()  # which sets up loggers of torch's own
+        close(ft.assert_pure(call, model, forward, mixed, params), want)
+    ft.assert_pure(lambda: grad(lambda p: forward(p, x).sum())(params), model, forward)
 
 
 class Tied(nn.Module):
@@ -271,6 +322,13 @@ def test_a_state_stands_in_for_the_models_tensors():
     assert torch.equal(forward(None, x), want)
     with pytest.raises(AdapterError, match=r"no tensor '0.wieght'.*'0.weight'"):
         fa.bind(model, method, state={"0.wieght": x})
+    # The first would broadcast.
+    for other in (torch.ones(1, dtype=F64), torch.ones(4)):
+        got = re.escape(f"got {other.dtype} {list(other.shape)}")
+        match = rf"'1.running_mean' is torch.float64 \[4\] in the model, and {got}"
+        for bind in (fa.bind, fa.bind_mixed):
+            with pytest.raises(AdapterError, match=match):
+                bind(model, method, state={"1.running_mean": other})
 
 
 def test_modules_to_save_are_trained_whole():
@@ -295,10 +353,37 @@ def test_modules_to_save_are_trained_whole():
         params["2"] | {"bias": torch.zeros(1)},
         {n: t[:1] for n, t in params["2"].items()},
     ):
-        with pytest.raises(AdapterError, match=r"module '2' is trained itself: expected .*got \[1"):
+        with pytest.raises(AdapterError, match=r"module '2' is trained itself: expected .* \[1"):
             forward(params | {"2": wrong}, x)
     with pytest.raises(TargetError, match="inside another saved module"):
         fa.bind(Tied(), fa.LoRA(targets=["main"], modules_to_save=["layers", "layers.0"]))
+
+
+def test_what_is_trained_itself_may_be_wider_than_the_model(tmp_path):
+    """float32 beside bfloat16, as PEFT loads it: cast to what the model has there."""
+    layers = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+    model = filled(nn.Sequential(*layers)).bfloat16().eval().requires_grad_(False)
+    method = fa.LoRA(rank=2, targets=["0"], modules_to_save=["2"], bias="all")
+    params = tree_map(torch.Tensor.float, adapter(model, method))
+    assert params["2"]["weight"].dtype == torch.float32
+    forward, x = fa.bind(model, method), torch.ones(3, 4).bfloat16()
+    fa.save_peft(tmp_path, params, method, model)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    want = theirs(x).detach()
+    assert want.dtype == torch.bfloat16
+    eps = 4 * torch.finfo(torch.bfloat16).eps
+    for got in (
+        forward(params, x),
+        fa.merged_model(model, params, method)(x),
+        fa.bind(model, [method])([params], x),
+    ):
+        torch.testing.assert_close(got, want, rtol=eps, atol=eps * float(want.abs().max()))
+    grads = grad(lambda p: forward(p, x).float().square().sum())(params)
+    assert {g.dtype for g in tree_leaves(grads)} == {torch.float32}
+    assert all(g.count_nonzero() for g in tree_leaves(grads))
+    whole = params | {"2": tree_map(torch.Tensor.long, params["2"])}
+    with pytest.raises(AdapterError, match=r"of a floating dtype, got torch.int64 \[2, 4\]"):
+        forward(whole, x)
 
 
 def test_a_forward_that_raises_leaves_no_trace():
@@ -409,6 +494,10 @@ def test_a_bound_forward_can_be_copied():
     twin = copy.deepcopy(forward)
     assert torch.equal(twin(params, x), forward(params, x))
     assert "1 layers" in repr(forward)
+    bank, mixed = fa.stack([params, params]), fa.bind_mixed(model, method)
+    want = mixed(bank, [1, -1], x)  # a call, after which it knows where its tensors go
+    assert torch.equal(copy.deepcopy(mixed)(bank, [1, -1], x), want)
+    assert not torch.equal(want, mixed(None, None, x))
 
 
 def test_a_layer_takes_its_input_by_the_name_that_it_has_itself():
