@@ -30,6 +30,7 @@ from fadapt.export_manifest import (
     write_manifest,
 )
 from fadapt.export_onnx import write_onnx
+from fadapt.export_shapes import shapes_of
 from fadapt.kinds import Kinds
 from fadapt.method import Method
 
@@ -137,16 +138,14 @@ def export(
         "bank": leaf_names(params),
         "count": count_of(params),
         "scalings": scalings_of(method_, params),
+        "shapes": shapes_of(inputs, dynamic, None if bake else params),
         "ids": ids_of(bank) if isinstance(bank, Bank) else None,
     }
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         fresh = Path(folder) / path.name
         if kind == ".onnx":
-            axes = [
-                {0: "batch"},
-                *(dynamic.get(key, {}) for key in inputs),
-                *_adapters(params, bake),
-            ]
+            shapes = [about["shapes"][name][1:] for name in about["inputs"]]
+            axes = [{k: a for k, a in enumerate(at) if isinstance(a, str)} for at in shapes]
             write_onnx(
                 program, fresh, about["inputs"], about["outputs"], axes, opset, external_data
             )
@@ -163,15 +162,6 @@ def export(
                 os.replace(made, path.with_name(made.name))
     write_manifest(path, about)
     return path
-
-
-def _adapters(params: Any, bake: bool) -> list[dict[int, str]]:
-    """The name of K, of each leaf."""
-    if bake:
-        return []
-    if not isinstance(params, tuple):
-        return [{0: "adapters"} for _ in tree_leaves(params)]
-    return [{0: f"adapters_{k}"} for k, one in enumerate(params) for _ in tree_leaves(one)]
 
 
 def suffix_of(path: Path, opset: int | None, external_data: bool | None) -> str:

@@ -19,7 +19,7 @@ Axes = Mapping[str, Mapping[int, str]]
 # (the model's call, its inputs by name) -> what the graph returns.
 Call = Callable[[Callable[..., Any], dict[str, Tensor]], Any]
 PAST = "past"  # the only axis that may be empty
-_LARGEST = 2**20  # of any dynamic axis
+LARGEST = 2**20  # of any dynamic axis
 _ADAPTERS, _RANK = 3, 5  # of the example
 _RANK_AXES = {"lora_A": 1, "lora_B": 2}  # [K, r, in] and [K, out, r]; of others K alone is free
 
@@ -87,11 +87,11 @@ def trace(
     free = (
         []
         if bake
-        else [{a: Dim.DYNAMIC for a in (0, _rank_axis(k)) if a is not None} for k, _ in found]
+        else [{a: Dim.DYNAMIC for a in (0, rank_axis(k)) if a is not None} for k, _ in found]
     )
     ids = torch.arange(sizes["batch"], device=leaves[0].device) % leaves[0].shape[0]
     axes = {
-        name: Dim.AUTO if "+" in name else Dim(name, min=0 if name == PAST else 1, max=_LARGEST)
+        name: Dim.AUTO if "+" in name else Dim(name, min=0 if name == PAST else 1, max=LARGEST)
         for name in sizes
     }
     where = [{k: axes[n] for k, n in dynamic.get(key, {}).items()} for key in inputs]
@@ -115,14 +115,15 @@ def trace(
     return program
 
 
-def _rank_axis(key: Any) -> int | None:
+def rank_axis(key: Any) -> int | None:
+    """The axis of a bank's leaf that is its rank, as free as K; None if it has none."""
     return _RANK_AXES.get(getattr(key[-1], "name", ""))
 
 
 def _example(key: Any, leaf: Tensor) -> Tensor:
     """A leaf like this one, of other sizes than 1, which would be constants of the program; and of
     zeros, as a ``.pt2`` file keeps its examples."""
-    sizes, axis = [_ADAPTERS, *leaf.shape[1:]], _rank_axis(key)
+    sizes, axis = [_ADAPTERS, *leaf.shape[1:]], rank_axis(key)
     if axis is not None:
         sizes[axis] = _RANK
     return leaf.new_zeros(sizes)

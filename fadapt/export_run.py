@@ -1,5 +1,6 @@
 """Run an exported graph, whatever its format, by the names of its inputs."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fadapt.export_manifest import (
     read_manifest,
     scalings_of,
 )
+from fadapt.export_shapes import check_shapes
 from fadapt.rows import checked_ids
 
 Run = Callable[..., list[Tensor]]
@@ -38,8 +40,9 @@ def load_export(path: str | Path) -> Run:
 
     Raises:
         CheckpointError: no manifest, or one of another file.
-        AdapterError: from ``run``: inputs that the graph does not have, or lacks; another kind of
-            bank; an unknown name, an id out of range.
+        AdapterError: from ``run``: inputs that the graph does not have, or lacks; of another dtype
+            or shape, ids that are not one a row; another kind of bank; an unknown name, an id out
+            of range.
 
     Example:
         ``run = load_export("model.onnx")``;
@@ -52,6 +55,7 @@ def load_export(path: str | Path) -> Run:
     names: list[str] = about["inputs"]
     call = _LOADERS[about["format"]](path)
     banks = sum(name.startswith("bank_") for name in names)
+    checked: list[weakref.ref] = []  # the leaves of the bank that was checked last
 
     def run(
         ids: Tensor | Sequence[int] | Sequence[str],
@@ -64,14 +68,23 @@ def load_export(path: str | Path) -> Run:
                 f"{path.name} takes {names}; given are ids, {', '.join(inputs)} and a bank of "
                 f"{len(leaves)} leaves."
             )
-        if bank is not None:
+        if bank is not None and not _same(leaves, checked):
             _check_bank(bank, about, path)
+            check_shapes({f"bank_{k}": t for k, t in enumerate(leaves)}, about["shapes"], path.name)
+            checked[:] = map(weakref.ref, leaves)
         count = about["count"] if bank is None else count_of(plain_bank(bank))
-        given = {"ids": checked_ids(_ids(ids, bank, about), count)[0], **inputs}
+        rows = checked_ids(_ids(ids, bank, about), count)[0].to(torch.int64)
+        given = {"ids": rows, **inputs}
+        check_shapes(given, about["shapes"], path.name)
         ordered = [given[name] for name in names[: len(names) - banks]]
         return call(*([t.contiguous() for t in group] for group in (ordered, leaves)))
 
     return run
+
+
+def _same(leaves: Sequence[Tensor], checked: Sequence[weakref.ref]) -> bool:
+    both = zip(leaves, checked, strict=False)
+    return len(leaves) == len(checked) and all(ref() is leaf for leaf, ref in both)
 
 
 def _check_bank(bank: Any, about: Mapping[str, Any], path: Path) -> None:

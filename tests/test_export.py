@@ -359,6 +359,22 @@ def test_what_a_graph_would_run_wrongly_is_refused(tmp_path):
         for run, params in ((call, bank), (load_export(tmp_path / "own.pt2"), None)):
             with pytest.raises(fa.errors.AdapterError, match=r"^ids"):
                 run(ids, x, params)
+    # What an AOTInductor package would read past its end, and torch.export tells by its guards.
+    wrong = {
+        r"takes input as float32 \[batch, 8\]; got float32 \[2, 8\].*'batch': 3": ([0] * 3, x),
+        r"takes input .* got float64 \[2, 8\]": ([0, 1], {"input": x["input"].double()}),
+        r"takes input .* got float32 \[2, 4\]": ([0, 1], {"input": x["input"][:, :4]}),
+        r"takes input .* got float32 \[2, 1, 8\]": ([0, 1], {"input": x["input"][:, None]}),
+        r"takes ids as int64 \[batch\]; got int64 \[0\]": ([], {"input": x["input"][:0]}),
+    }
+    for match, given in wrong.items():
+        with pytest.raises(fa.errors.AdapterError, match=match):
+            call(*given, bank)
+    A, B = bank["0"]
+    for leaf in ((A[:, :1], B), (A, B[:2]), (A[..., :4], B), (A.double(), B.double())):
+        with pytest.raises(fa.errors.AdapterError, match=r"takes bank_\d as float32 \[adapters"):
+            call([0, 1], x, {"0": fa.LoRAParams(*leaf)})
+    assert call(torch.tensor([0, 1], dtype=torch.int32), x, bank)[0].shape == (2, 8)
     check_export(tmp_path / "one.pt2", model, first)
     model[1].eps = 0.5  # no tensor, and no configuration tells of it
     with pytest.raises(fa.errors.CheckpointError, match="stale: model changed"):
