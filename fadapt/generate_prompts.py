@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fadapt.errors import ConfigError
 from fadapt.generation import generate
 from fadapt.models import SHIPPED, context_of, load_model, load_tokenizer, quiet
 from fadapt.named_adapters import adapter_folders, load_bank
+from fadapt.progress import progress_bar
 from fadapt.prompts import Prompt, read_prompts
 from fadapt.settings import BASES, COUNT, DTYPES, FINITE, POSITIVE, SEED, SHARE
 
@@ -85,6 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, check, then generate batch by batch; each batch's lines are written as it ends."""
+    from rich.console import Console
+
     options, folder = _options(arguments), getattr(arguments, "model", SHIPPED / "model")
     folders = adapter_folders(arguments.adapter)
     prompts = read_prompts(arguments.prompts, folders)
@@ -99,17 +102,21 @@ def run(arguments: argparse.Namespace) -> int:
     options |= {"eos_token_id": ends, "pad_token_id": ends[0] if pad is None else pad}
     mixed, seeds = bind_mixed(model, bank.method), _seeds(arguments, len(prompts))
     started, total = time.perf_counter(), 0
-    for batch in _batches(len(prompts), arguments.batch_size):
-        inputs = _padded([rows[i] for i in batch], options["pad_token_id"], model.device)
-        names = [prompts[i].adapter for i in batch]
-        drawn = None if seeds is None else [seeds[i] for i in batch]
-        with quiet(), torch.no_grad():
-            found = generate(mixed, bank, names, seed=drawn, **inputs, **options)
-        new = found[:, inputs["input_ids"].shape[1] :].tolist()
-        for k, tokens in enumerate(new):
-            at, sequence = divmod(k, arguments.num_return_sequences)
-            total += _tell(tokenizer, prompts[batch[at]], batch[at], sequence, tokens, ends)
-        sys.stdout.flush()
+    with progress_bar(Console(stderr=True)) as bar:
+        bar("generating", 0, len(prompts))
+        for first in range(0, len(prompts), arguments.batch_size):
+            batch = range(len(prompts))[first : first + arguments.batch_size]
+            inputs = _padded([rows[i] for i in batch], options["pad_token_id"], model.device)
+            names = [prompts[i].adapter for i in batch]
+            drawn = None if seeds is None else [seeds[i] for i in batch]
+            with quiet(), torch.no_grad():
+                found = generate(mixed, bank, names, seed=drawn, **inputs, **options)
+            new = found[:, inputs["input_ids"].shape[1] :].tolist()
+            for k, tokens in enumerate(new):
+                at, sequence = divmod(k, arguments.num_return_sequences)
+                total += _tell(tokenizer, prompts[batch[at]], batch[at], sequence, tokens, ends)
+            sys.stdout.flush()
+            bar("generating", batch.stop, len(prompts))
     seconds = time.perf_counter() - started
     worn = len({p.adapter for p in prompts} - {BASE_NAME})
     print(
@@ -179,20 +186,6 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, A
         "input_ids": torch.tensor(ids, device=device),
         "attention_mask": torch.tensor(mask, device=device),
     }
-
-
-def _batches(count: int, size: int) -> Iterator[list[int]]:
-    """The places of each batch's prompts, with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
-        task = bar.add_task("", total=count)
-        for first in range(0, count, size):
-            batch = list(range(first, min(first + size, count)))
-            yield batch
-            bar.update(task, completed=batch[-1] + 1)
 
 
 def _tell(

@@ -1,4 +1,4 @@
-"""A progress bar for what takes a while: merging, re-encoding, fine-tuning."""
+"""A progress bar for what takes a while: merging, re-encoding, fine-tuning, generating."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +23,12 @@ def progress_bar(console: Any = None) -> Iterator[Tell]:
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), transient=True, console=console) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    # What is printed goes above the bar; but not, where the bar is on stderr, to stderr too.
+    above = console is None or not console.stderr
+    with Progress(
+        *columns, TimeElapsedColumn(), transient=True, console=console, redirect_stdout=above
+    ) as bar:
         task = bar.add_task("", total=None)
 
         def tell(what: str, k: int, total: int, value: float | None = None) -> None:

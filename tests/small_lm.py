@@ -1,11 +1,13 @@
-"""A folder with a causal LM of two small layers, for the commands' tests."""
+"""A folder with a causal LM of two small layers, and adapters of it, for the commands' tests."""
 
 import shutil
 from pathlib import Path
 
 import torch
+from cases import randomized
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fadapt as fa
 from fadapt.models import SHIPPED
 
 
@@ -30,6 +32,17 @@ def make_model(folder: Path, layers: int = 2) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED / "model" / name, folder)
     return folder
+
+
+def make_adapters(root: Path, methods: dict[str, fa.LoRA | fa.OFT]) -> list[str]:
+    """A folder of each below ``root``, beside the model's; returns the words that name them all."""
+    model = LlamaForCausalLM.from_pretrained(make_model(root / "model"))
+    words = ["--model", str(root / "model")]
+    for k, (name, method) in enumerate(methods.items()):
+        params = fa.init(method, model, generator=torch.Generator().manual_seed(k))
+        fa.save_peft(root / name, randomized(params, k), method, model)
+        words += ["--adapter", f"{name}={root / name}"]
+    return words
 
 
 def make_texts(folder: Path, characters: int = 2000) -> Path:

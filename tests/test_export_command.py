@@ -4,13 +4,11 @@ import json
 
 import pytest
 import torch
-from cases import randomized
 from safetensors.torch import load_file
-from small_lm import make_model
+from small_lm import make_adapters
 from test_export import loaded  # noqa: F401  a fixture
 from test_export_cache import greedy
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaForCausalLM
 
 import fadapt as fa
 from fadapt import check_export, cli, load_export
@@ -28,12 +26,7 @@ METHODS = {
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
-    model = LlamaForCausalLM.from_pretrained(make_model(root / "model"))
-    words = ["export", "--model", str(root / "model")]
-    for k, (name, method) in enumerate(METHODS.items()):
-        params = fa.init(method, model, generator=torch.Generator().manual_seed(k))
-        fa.save_peft(root / name, randomized(params, k), method, model)
-        words += ["--adapter", f"{name}={root / name}"]
+    words = ["export", *make_adapters(root, METHODS)]
     return words, root
 
 

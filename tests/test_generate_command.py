@@ -8,8 +8,7 @@ import sys
 import peft
 import pytest
 import torch
-from cases import randomized
-from small_lm import make_model
+from small_lm import make_adapters
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import fadapt as fa
@@ -42,12 +41,7 @@ NEW = 7
 def given(tmp_path_factory):
     """The words that name the model, the adapters and the prompts; and the folder of all."""
     root = tmp_path_factory.mktemp("generate")
-    model = LlamaForCausalLM.from_pretrained(make_model(root / "model"))
-    words = ["generate", "--model", str(root / "model")]
-    for k, (name, method) in enumerate(METHODS.items()):
-        params = fa.init(method, model, generator=torch.Generator().manual_seed(k))
-        fa.save_peft(root / name, randomized(params, k), method, model)
-        words += ["--adapter", f"{name}={root / name}"]
+    words = ["generate", *make_adapters(root, METHODS)]
     lines = [json.dumps({"adapter": a, "prompt": p}) for a, p in PROMPTS]
     (root / "prompts.jsonl").write_text("\n\n".join(lines) + "\n")
     return [*words, "--prompts", str(root / "prompts.jsonl"), "--max-new-tokens", str(NEW)], root
@@ -119,6 +113,7 @@ def test_each_batch_is_told_as_it_ends_and_the_rest_goes_to_stderr(
         return fa.generate(*args, **kwargs)
 
     monkeypatch.setattr(generate_prompts, "generate", watched)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal, and draws its bar
     with out.open("w") as file:
         monkeypatch.setattr(sys, "stdout", file)
         assert cli.main([*given[0], "--batch-size", "3"]) == 0
