@@ -186,8 +186,11 @@ class Bank:
         return name in self._entries
 
     def __repr__(self) -> str:
-        rooms = [pool.rows.shape[0] for pool in self._pools]
-        return f"Bank({len(self)} adapters, room for {rooms}, {self.method})"
+        rooms = [
+            f"{pool.rows.shape[0]} of {type(shelf.unit).__name__} on {len(shelf.bases)} layers"
+            for shelf, pool in zip(self._shelves, self._pools, strict=True)
+        ]
+        return f"Bank({len(self)} adapters, room for {', '.join(rooms)})"
 
     @property
     def names(self) -> list[str]:
@@ -232,6 +235,8 @@ class Bank:
         Raises:
             AdapterError: there is none of this name.
         """
+        if name == BASE_NAME:
+            raise AdapterError("'base' is the model without an adapter: it is in every bank.")
         self._find([name])
         rest = {n: entry for n, entry in self._entries.items() if n != name}
         return replace(self, _entries=rest)
@@ -341,9 +346,10 @@ class Bank:
     def _find(self, names: Iterable[str]) -> None:
         for name in names:
             if name != BASE_NAME and name not in self._entries:
+                hint = near(str(name), [*self._entries, BASE_NAME])
                 raise AdapterError(
-                    f"the bank has no adapter {name!r}.{near(str(name), self._entries)} It has "
-                    f"{len(self)}; 'base' is the model without an adapter."
+                    f"the bank has no adapter {name!r}.{hint} It has {len(self)}; 'base' is "
+                    "the model without an adapter."
                 )
 
 

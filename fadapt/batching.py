@@ -212,13 +212,17 @@ class Mixed:
 
     def _banks(self, bank: Any) -> Sequence[Mapping[str, Any]]:
         if not isinstance(self.method, Kinds):
-            return (bank,)
-        if not isinstance(bank, tuple) or len(bank) != len(self._forwards):
-            raise AdapterError(
-                f"a bank of {len(self._forwards)} kinds of adapters is a tuple of as many stacks, "
-                f"got {type(bank).__name__}. fadapt.stack(adapters, methods=...) makes it."
-            )
-        return bank
+            if isinstance(bank, Mapping):
+                return (bank,)
+        elif isinstance(bank, tuple) and len(bank) == len(self._forwards):
+            return bank
+        several = f"a tuple of {len(self._forwards)} stacks"
+        size = f" of {len(bank)}" if isinstance(bank, tuple | list) else ""
+        raise AdapterError(
+            f"expected {several if isinstance(self.method, Kinds) else 'a stack'} {{path: "
+            "parameters}, as fadapt.stack makes it of adapters (and their methods), or the params "
+            f"of a fadapt.Bank; got a {type(bank).__name__}{size}."
+        )
 
     def _prepare(self, kind: int, bank: Mapping[str, Any]) -> Mapping[str, Any]:
         forward, form = self._forwards[kind], form_of(bank)

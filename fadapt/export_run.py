@@ -68,6 +68,11 @@ def load_export(path: str | Path) -> Run:
                 f"{path.name} takes {names}; given are ids, {', '.join(inputs)} and a bank of "
                 f"{len(leaves)} leaves."
             )
+        if odd := [name for name, value in inputs.items() if not isinstance(value, Tensor)]:
+            raise AdapterError(
+                f"{path.name}: the input {odd[0]!r} is a {type(inputs[odd[0]]).__name__}; pass "
+                "torch tensors."
+            )
         if bank is not None and not _same(leaves, checked):
             _check_bank(bank, about, path)
             check_shapes({f"bank_{k}": t for k, t in enumerate(leaves)}, about["shapes"], path.name)

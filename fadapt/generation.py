@@ -47,14 +47,21 @@ def generate(
 
     Raises:
         AdapterError: a name that the bank does not have, an adapter on the host (see
-            :meth:`Bank.page`), or not one name a prompt.
+            :meth:`Bank.page`), not one name a prompt, or no prompt; a forward that was bound with
+            another method than the bank's.
         ConfigError: sampling without a seed, or with beams; a seed without sampling.
     """
     options = dict(inputs_and_options)
+    module = model.shell if isinstance(model, Mixed) else model
+    if not hasattr(module, "generate"):
+        raise AdapterError(f"{type(module).__name__} has no generate(); transformers' models have.")
     mixed = model if isinstance(model, Mixed) else bind_mixed(model, bank.method)
+    if mixed.method != bank.method:
+        raise AdapterError(
+            "this forward was bound with another method than the bank's, and would scale and place "
+            "its adapters otherwise: bind_mixed(model, bank.method)."
+        )
     shell: Any = mixed.shell
-    if not hasattr(shell, "generate"):
-        raise AdapterError(f"{type(shell).__name__} has no generate(); transformers' models have.")
     names = listed(names)
     config = options.get("generation_config") or shell.generation_config
     sampling = _option(options, config, "do_sample", False)
@@ -141,6 +148,8 @@ def _seeds(seed: int | Sequence[int] | torch.Generator | None, n: int, copies: i
 
 
 def _check_batch(options: dict[str, Any], names: Sequence[str]) -> None:
+    if not names:
+        raise AdapterError("no prompts: names= is empty.")
     for key in ("input_ids", "inputs", "inputs_embeds"):
         given = options.get(key)
         if isinstance(given, Tensor) and given.shape[0] != len(names):

@@ -215,6 +215,8 @@ def test_several_methods_and_prepared_once():
     ("call", "name", "match"),
     [
         (lambda m, b: b.ids(["a9"]), "AdapterError", "no adapter 'a9'. Near misses: 'a0'"),
+        (lambda m, b: b.ids(["Base"]), "AdapterError", "no adapter 'Base'. Near misses: 'base'"),
+        (lambda m, b: b.remove("base"), "AdapterError", "'base' is the model without"),
         (lambda m, b: b.ids("a0"), "AdapterError", "expected a list of names"),
         (lambda m, b: b.page("a0"), "AdapterError", "expected a list of names"),
         (lambda m, b: fa.Bank.holding(m, {"a": {}}), "AdapterError", "expected .params, method"),

@@ -288,6 +288,9 @@ class Joined(nn.Module):
         (lambda m, b, x: m({"0": b["0"]}, [0, 1, 2], x), "1 missing"),
         (lambda m, b, x: m({"0": b["0"], "2": tree_map(lambda t: t[:2], b["2"])}, [0], x), "bank"),
         (lambda m, b, x: m(fa.unstack(b)[0], [0], x), "not a bank"),
+        (lambda m, b, x: m(fa.unstack(b), [0], x), r"expected a stack .* got a list of 3"),
+        (lambda m, b, x: m((b,), [0], x), r"expected a stack .* got a tuple of 1"),
+        (lambda m, b, x: m(fa.Bank.of(plain_case()[0], LORA), [0], x), r"params of .* got a Bank"),
     ],
 )
 def test_errors(call, match):
@@ -397,7 +400,7 @@ def test_a_bank_of_several_methods_comes_apart_and_checks_its_ids():
             mixed(bank, ids, torch.ones(2, N_IN))
     with pytest.raises(fa.errors.AdapterError, match="expected integers"):
         mixed(bank, None, torch.ones(2, N_IN))
-    with pytest.raises(fa.errors.AdapterError, match="of 4 kinds"):
+    with pytest.raises(fa.errors.AdapterError, match=r"a tuple of 4 stacks .* got a dict"):
         mixed(bank[0], [0, 0], torch.ones(2, N_IN))
     same, method = fa.stack([adapters[0], adapters[3]], methods=[methods[0], methods[3]])
     assert method == methods[0]

@@ -1,5 +1,6 @@
 """Generation: each prompt gets the tokens that it gets alone, whatever else is in the batch."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -143,13 +144,21 @@ def test_what_is_sampled_follows_the_softmax():
     assert ((counts - want) ** 2 / want).sum() < 18.5
 
 
-def test_beams_keep_their_adapters():
-    case = make()
+@pytest.mark.parametrize("base", ["dense", "int8"])
+def test_beams_keep_their_adapters(base):
+    model, tokenizer, _, _, adapters = make(base)
     options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
-    together = run(case, PROMPTS, **options)
-    for i, prompt in enumerate(PROMPTS):
-        alone = run(case, [prompt], **options)
-        assert equal(together[2 * i : 2 * i + 2], alone)
+    seen = set()
+    for seed in range(4):
+        other = {n: (randomized(params, seed), m) for n, (params, m) in adapters.items()}
+        bank = fa.Bank.holding(model, other)
+        case = model, tokenizer, bank, fa.bind_mixed(model, bank.method), other
+        together = run(case, PROMPTS, **options)
+        for i, prompt in enumerate(PROMPTS):
+            alone = run(case, [prompt], **options)
+            assert equal(together[2 * i : 2 * i + 2], alone)
+        seen.add(tuple(together.flatten().tolist()))
+    assert len(seen) == 4
 
 
 def test_nothing_is_changed_and_no_cache_gives_the_same():
@@ -171,6 +180,7 @@ def test_nothing_is_changed_and_no_cache_gives_the_same():
         ({"names": ["a7", "a0"]}, "AdapterError", "no adapter 'a7'"),
         ({"names": "a0"}, "AdapterError", "expected a list of names"),
         ({"names": ["a0"]}, "AdapterError", "holds 2 prompts, and 1 adapters"),
+        ({"names": [], "input_ids": torch.zeros(0, 2).long()}, "AdapterError", "no prompts"),
         ({"do_sample": True}, "ConfigError", "pass seed="),
         ({"seed": 3}, "ConfigError", "nothing is sampled"),
         ({"do_sample": True, "seed": [1]}, "ConfigError", "1 seeds for 2 prompts"),
@@ -180,9 +190,21 @@ def test_nothing_is_changed_and_no_cache_gives_the_same():
 def test_errors(options, name, match):
     _, tokenizer, bank, mixed, _ = make()
     given = encode(tokenizer, ["a", "b"])
-    names = options.pop("names", ["a0", "base"])
+    names = ["a0", "base"]
     with pytest.raises(getattr(fa.errors, name), match=match):
-        fa.generate(mixed, bank, names, **given, max_new_tokens=2, **options)
+        fa.generate(mixed, bank, **{"names": names, **given, "max_new_tokens": 2, **options})
+
+
+def test_a_forward_that_is_not_the_banks_is_refused():
+    model, tokenizer, bank, _, _ = make()
+    given = encode(tokenizer, ["a"])
+    # Of the same shapes, but it would scale what the bank has scaled already.
+    scaled = replace(bank.method.methods[0], alpha=8)
+    for method in (scaled, replace(bank.method, methods=(scaled, *bank.method.methods[1:]))):
+        with pytest.raises(fa.errors.AdapterError, match="with another method than the bank's"):
+            fa.generate(fa.bind_mixed(model, method), bank, ["a0"], **given, max_new_tokens=1)
+    with pytest.raises(fa.errors.AdapterError, match="Linear has no generate"):
+        fa.generate(torch.nn.Linear(2, 2), bank, ["a0"], **given)
 
 
 @pytest.mark.parametrize(
