@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from fadapt._function import applied
 from fadapt.bases.op import is_batched
-from fadapt.kernels.eager import readable, usable
+from fadapt.kernels.eager import oft_kernels, readable, usable
 
 Coefficients = tuple[float, ...] | None
 # Of all of R, from where on; and at a time (measured: 32 to 128 blocks of 32 x 32 are alike).
@@ -268,10 +268,9 @@ def _kernels(vectors: Tensor, coefficients: Coefficients) -> Any:
     """The GPU's kernels, where they take these vectors."""
     if not usable(vectors, vectors) or not readable(vectors) or not vectors.numel():
         return None
-    from fadapt.kernels import oft_gpu
-
-    fits = vectors.dtype == torch.float32 and size_of(vectors.shape[-1]) <= oft_gpu.MOST
-    return oft_gpu if fits and oft_gpu.form_of(coefficients) is not None else None
+    gpu = oft_kernels()
+    fits = vectors.dtype == torch.float32 and size_of(vectors.shape[-1]) <= gpu.MOST
+    return gpu if fits and gpu.form_of(coefficients) is not None else None
 
 
 def _chunks(blocks: Tensor) -> list[tuple[int, int]]:

@@ -309,7 +309,7 @@ def form_of(params: Adapter) -> Any:
     form: list[Any] = []
     for path, leaf in params.items():
         form += path, type(leaf)
-        if isinstance(leaf, Mapping):
+        if not isinstance(leaf, tuple) and isinstance(leaf, Mapping):
             form += leaf
         for part in _parts(leaf):
             form += (part.shape, part.dtype) if isinstance(part, Tensor) else (type(part),)
@@ -318,6 +318,6 @@ def form_of(params: Adapter) -> Any:
 
 def _parts(leaf: Any) -> Iterable[Any]:
     """The tensors of one layer's parameters."""
-    if isinstance(leaf, Mapping):
-        return leaf.values()
-    return leaf if isinstance(leaf, tuple) else ()
+    if isinstance(leaf, tuple):
+        return leaf
+    return leaf.values() if isinstance(leaf, Mapping) else ()

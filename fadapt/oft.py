@@ -17,7 +17,7 @@ from fadapt.bases import Base
 from fadapt.bases.precision import gemm_dtype, without_autocast
 from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.kernels.eager import usable
+from fadapt.kernels.eager import oft_kernels, usable
 from fadapt.rows import Rows, keep_base, rotate_rows
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
@@ -223,7 +223,8 @@ class OFT:
         for paths in groups.values():
             vectors = [self._constrained(params[path].oft_R) for path in paths]
             together = vectors[0] if len(vectors) == 1 else torch.cat(vectors, -2)
-            blocks = self._build(together).split([v.shape[-2] for v in vectors], -3)
+            built = self._build(together)
+            blocks = built.split([v.shape[-2] for v in vectors], -3) if len(paths) > 1 else (built,)
             prepared |= {p: OFTRotation(block) for p, block in zip(paths, blocks, strict=True)}
         return prepared
 
@@ -318,12 +319,13 @@ class OFT:
     def _build(self, vectors: Tensor) -> Tensor:
         """``[..., r, b (b - 1) / 2] -> [..., r, b, b]``; in float32 at least, whatever autocast."""
         with without_autocast(vectors):
-            wide = vectors.to(_wide(vectors))
+            kind = _wide(vectors)
+            wide = vectors if vectors.dtype == kind else vectors.to(kind)
             if self.cayley == "auto":
                 blocks = self._either(wide)
             else:
                 blocks = rotation(wide, None if self.cayley == "exact" else self._series())
-        return blocks.to(vectors.dtype)
+        return blocks if blocks.dtype == vectors.dtype else blocks.to(vectors.dtype)
 
     def _series(self) -> tuple[float, ...]:
         if self.form == "own":
@@ -353,9 +355,8 @@ def _kernels(x: Tensor, blocks: Tensor) -> Any:
     """The GPU's kernels, where they take these."""
     if not usable(x, blocks):
         return None
-    from fadapt.kernels import oft_gpu
-
-    return oft_gpu if oft_gpu.takes(x, blocks) else None
+    kernels = oft_kernels()
+    return kernels if kernels.takes(x, blocks) else None
 
 
 def _rotate(x: Tensor, blocks: Tensor) -> Tensor:

@@ -20,12 +20,17 @@ if not torch.cuda.is_available() and not INTERPRETED:
 
 from fadapt.kernels import dora_gpu, oft_gpu  # noqa: E402
 
+# Of a thread of autograd's own, whose first product finds no context yet.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Blocks are built of a few products, of up to 128 terms each, whose errors add like a random walk.
 EPS = 2 * torch.finfo(torch.float32).eps
 SERIES = {
     "exact": None,
     "two": (1.0, -2.0),
+    "four": (1.0, -2.0, 2.0, -2.0),
+    "nine": (1.0, *(2.0 * (-1) ** k for k in range(1, 9))),
+    "ten": (1.0, *[2.0] * 8, 1.0),
     "own": (1.0, -2.0, 2.0, -2.0, 2.0),
     "peft": (1.0, 2.0, 2.0, 2.0, 1.0),
 }

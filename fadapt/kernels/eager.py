@@ -34,6 +34,14 @@ def usable(x: Tensor, y: Tensor) -> bool:
     )
 
 
+@cache
+def oft_kernels() -> Any:
+    """OFT's, which import Triton: an import that a step would otherwise look up at every layer."""
+    from fadapt.kernels import oft_gpu
+
+    return oft_gpu
+
+
 def readable(*tensors: Tensor) -> bool:
     """Whether a kernel can read these in a Function's body: no wrappers of a transform or tracer.
 
@@ -47,8 +55,8 @@ def readable(*tensors: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Kernels as Triton compiled them, by all that it compiles them for. To look that up here costs a
-# third of what Triton's own call does, and a small step is bound by its launches.
+# Kernels as Triton compiled them, ready for a grid, by all that it compiles them for. To look that
+# up here costs a third of what Triton's own call does, and a small step is bound by its launches.
 _compiled: dict[Any, Any] = {}
 _MOST = 4096
 
@@ -72,16 +80,20 @@ def launch(
         **options: Triton's: ``num_warps``, ``num_stages``.
     """
     device = tensors[0].get_device()
-    if device >= 0 and device != torch.cuda.current_device():
+    if device >= 0 and device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, **options)
         return
-    kinds = [(t.dtype, t.data_ptr() % 16) for t in tensors]
-    key = (id(kernel), device, numbers, constants, *kinds)
+    pointers = [t.data_ptr() for t in tensors]
+    kinds = [t.dtype for t in tensors]
+    key = (id(kernel), device, grid, numbers, constants, *kinds, *[p & 15 for p in pointers])
     ready = _compiled.get(key)
     if ready is not None:
-        ready[grid](*tensors, *numbers, *constants)
+        # Of a tensor Triton would ask for its pointer, and the driver whether that is one.
+        ready(*pointers, *numbers, *constants, stream=torch._C._cuda_getCurrentRawStream(device))
         return
-    if len(_compiled) >= _MOST:
-        _compiled.clear()
-    _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
+    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+    if compiled is not None:  # as Triton's interpreter returns
+        if len(_compiled) >= _MOST:
+            _compiled.clear()
+        _compiled[key] = compiled[grid]

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from fadapt._function import applied
 from fadapt.kernels import oft_triton
 from fadapt.kernels.eager import launch, readable
 
 MOST, MOST_WIDE = 128, 64  # the largest block; and of a float32 x, for want of registers
-_STEP = 16  # how much of a block a product takes at a time
+_FEW = 1024  # rows
+_STEP = 32  # how much of a block a product takes at a time
 Coefficients = tuple[float, ...] | None
 
 
+@cache
 def form_of(coefficients: Coefficients) -> tuple[float, float, int] | None:
     """``(sign, last, degree)`` of ``I + 2 sum_(k < degree) (sign Q)^k + last (sign Q)^degree``,
     as all series of Cayley's transform are; degree 0 is the exact form; None for another."""
@@ -40,8 +42,8 @@ def build(vectors: Tensor, coefficients: Coefficients) -> Tensor:
     """R ``[..., b, b]`` of float32 ``vectors [..., b (b - 1) / 2]``."""
     size, flat = _flat(vectors)
     R = vectors.new_empty(*vectors.shape[:-1], size, size)
-    spare = torch.empty_like(R) if coefficients is None else R
     sign, last, degree = _known(coefficients)
+    spare = _spare(flat, size, 2)
     constants = degree, size, _tile(size)[0], _STEP
     grid = flat.shape[0], 1, 1
     launch(oft_triton.build, grid, (flat, R, spare), (sign, last), constants, **_options(size))
@@ -55,9 +57,10 @@ def build_backward(
     the exact form."""
     size, flat = _flat(vectors)
     out = torch.empty_like(flat)
-    spare = out.new_empty(flat.shape[0], 2, size, size)
     g = g.contiguous()
     sign, last, degree = _known(coefficients)
+    sums = max(degree - 1, 0) // 2
+    spare = _spare(flat, size, 3 + sums, always=sums > 1)
     tensors = flat, g if R is None else R, g, spare, out
     constants = degree, size, _tile(size)[0], _STEP
     grid = flat.shape[0], 1, 1
@@ -88,11 +91,9 @@ class _Rotate(Function):
         t = x.numel() // (k * width)
         if t == 0:
             return y
-        strides = R.stride()
-        by_r = strides[-3] if R.shape[-3] > 1 else 0
-        numbers = t, width, strides[0] if k > 1 else 0, by_r, strides[-2], strides[-1]
         tile, rows, warps = _tile(size)
         grid = -(-t // rows), width // size, k
+        numbers = t, width, *_strides(R)
         launch(oft_triton.rotate, grid, (x, R, y), numbers, (size, tile, rows), num_warps=warps)
         return y
 
@@ -104,6 +105,8 @@ class _Rotate(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, R = ctx.saved_tensors
+        if all(ctx.needs_input_grad) and _together(x, R, g):
+            return _both(x, R, g)
         dx = rotate(g, R.mT) if ctx.needs_input_grad[0] else None
         dR = None
         if ctx.needs_input_grad[1]:
@@ -178,6 +181,35 @@ class _Outer(Function):
         return out.unflatten(0, (info.batch_size, k)), 0
 
 
+def _together(x: Tensor, R: Tensor, g: Tensor) -> bool:
+    """Whether one kernel takes both gradients of a rotation: nothing is recorded, R is not shared,
+    and there are so few rows that a step is bound by its launches."""
+    return (
+        not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and R.shape[-3] > 1
+        and 0 < x.numel() // x.shape[-1] <= _FEW
+        and readable(x, R, g)
+    )
+
+
+def _both(x: Tensor, R: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``x R``: ``g R^T`` in x's dtype, ``x^T g`` in R's."""
+    width, size = x.shape[-1], R.shape[-1]
+    k = R.shape[0] if R.dim() == 4 else 1
+    x, g = x.contiguous(), g.contiguous()
+    dx = torch.empty_like(x)
+    dR = torch.empty_like(R, dtype=torch.float32, memory_format=torch.contiguous_format)
+    tile, rows, warps = _tile(size)
+    numbers = x.numel() // (k * width), width, *_strides(R)
+    launch(
+        oft_triton.rotate_back, (width // size, k, 1), (x, g, R, dx, dR), numbers,
+        (size, tile, rows), num_warps=warps,
+    )  # fmt: skip
+    return dx, dR if R.dtype == torch.float32 else dR.to(R.dtype)
+
+
 # ``x R`` in x's dtype: see _Rotate.
 rotate: Callable[..., Tensor] = applied(_Rotate)
 _outer: Callable[..., Tensor] = applied(_Outer)
@@ -197,6 +229,13 @@ def _stacked(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
     ]
 
 
+def _strides(R: Tensor) -> tuple[int, int, int, int]:
+    """Of R's four axes, 0 where it has one thing for all."""
+    each, by_r, by_i, by_j = R.stride() if R.dim() == 4 else (0, *R.stride())
+    each = each if R.dim() == 4 and R.shape[0] > 1 else 0
+    return each, by_r if R.shape[-3] > 1 else 0, by_i, by_j
+
+
 def _known(coefficients: Coefficients) -> tuple[float, float, int]:
     form = form_of(coefficients)
     assert form is not None
@@ -207,6 +246,12 @@ def _flat(vectors: Tensor) -> tuple[int, Tensor]:
     from fadapt.cayley import size_of
 
     return size_of(vectors.shape[-1]), vectors.reshape(-1, vectors.shape[-1]).contiguous()
+
+
+def _spare(flat: Tensor, size: int, matrices: int, always: bool = False) -> Tensor:
+    """Room for so many matrices a block, where it is large."""
+    large = size > 64 or always
+    return flat.new_empty(flat.shape[0], matrices, size, size) if large else flat
 
 
 @cache
