@@ -39,7 +39,8 @@ def load_export(path: str | Path) -> Run:
         path: of the file; its manifest lies beside it.
 
     Raises:
-        CheckpointError: no manifest, or one of another file.
+        CheckpointError: no manifest, or one of another file; or an ONNX model of operations that
+            ONNX Runtime does not have for a CPU.
         AdapterError: from ``run``: inputs that the graph does not have, or lacks; of another dtype
             or shape, ids that are not one a row; another kind of bank; an unknown name, an id out
             of range.
@@ -135,7 +136,13 @@ def _aoti(path: Path) -> Callable[..., list[Tensor]]:
 def _onnx(path: Path) -> Callable[..., list[Tensor]]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path)
+    try:
+        session = onnxruntime.InferenceSession(path)
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise CheckpointError(
+            f"{path}: ONNX Runtime's CPU form cannot run it: {' '.join(str(error).split())[:200]}. "
+            "It has no bfloat16: export the model in float32 or float16, or to .pt2."
+        ) from error
     names = [one.name for one in session.get_inputs()]
 
     def call(given: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:

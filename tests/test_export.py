@@ -208,6 +208,11 @@ def test_what_onnx_has_no_form_for_is_an_error_that_says_so(tmp_path):
     with pytest.raises(fa.errors.ConfigError, match=r"Round.*bfloat16.*export it in float32"):
         export(model, method, tmp_path / "g.onnx", bank=bank, **given)
     assert not list(tmp_path.iterdir())
+    model, method, bank = stacked(dense(16, 8).bfloat16(), 2, 2, 0)
+    path, given = tmp_path / "g.onnx", {"inputs": {"input": torch.ones(2, 16).bfloat16()}}
+    export(model, method, path, bank=bank, dynamic=BATCH, **given)  # for a GPU, say
+    with pytest.raises(fa.errors.CheckpointError, match=r"has no bfloat16: export .* in float32"):
+        load_export(path)
 
 
 BATCH = {"input": {0: "batch"}}

@@ -1,5 +1,7 @@
 """The KV cache in a graph: greedy tokens equal to those of fadapt.generate, in every format."""
 
+import zipfile
+
 import numpy as np
 import onnx
 import pytest
@@ -159,6 +161,14 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, base, suffix):
     assert about["ids"] == {"base": -1, "a": 0, "b": 1, "oft": 2}
     assert about["outputs"][:3] == ["logits", "present.0.key", "present.0.value"]
     check_export(path, model, bank.method)
+    if suffix == ".aoti.pt2" and base == "int8":
+        with zipfile.ZipFile(path) as package:
+            data = b"".join(map(package.read, package.namelist()))
+        weights = [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
+        assert len(weights) == 7
+        for weight in weights:
+            assert weight.qdata.numpy().tobytes() in data
+            assert weight.dequantize().numpy().tobytes() not in data
     if suffix == ".onnx":
         graph = onnx.load(path).graph
         assert [i.name for i in graph.input] == about["inputs"]
