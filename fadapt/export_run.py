@@ -1,6 +1,5 @@
 """Run an exported graph, whatever its format, by the names of its inputs."""
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def load_export(path: str | Path) -> Run:
     layers and methods as the one that the graph was exported with, and of a stack's scaling; None
     if it was baked in. It returns the outputs, in the manifest's order. Tensors are made
     contiguous: an AOTInductor package itself does not look at strides, and would read a ``Bank``'s
-    as others.
+    as others. A copy of the last bank is kept, until another comes, or it is written to.
 
     Args:
         path: of the file; its manifest lies beside it.
@@ -56,7 +55,7 @@ def load_export(path: str | Path) -> Run:
     names: list[str] = about["inputs"]
     call = _LOADERS[about["format"]](path)
     banks = sum(name.startswith("bank_") for name in names)
-    checked: list[weakref.ref] = []  # the leaves of the bank that was checked last
+    last = _Last()
 
     def run(
         ids: Tensor | Sequence[int] | Sequence[str],
@@ -74,23 +73,44 @@ def load_export(path: str | Path) -> Run:
                 f"{path.name}: the input {odd[0]!r} is a {type(inputs[odd[0]]).__name__}; pass "
                 "torch tensors."
             )
-        if bank is not None and not _same(leaves, checked):
+        if bank is not None and not last.holds(leaves):
             _check_bank(bank, about, path)
             check_shapes({f"bank_{k}": t for k, t in enumerate(leaves)}, about["shapes"], path.name)
-            checked[:] = map(weakref.ref, leaves)
+            last.take(leaves)
         count = about["count"] if bank is None else count_of(plain_bank(bank))
         rows = checked_ids(_ids(ids, bank, about), count)[0].to(torch.int64)
         given = {"ids": rows, **inputs}
         check_shapes(given, about["shapes"], path.name)
         ordered = [given[name] for name in names[: len(names) - banks]]
-        return call(*([t.contiguous() for t in group] for group in (ordered, leaves)))
+        return call([t.contiguous() for t in ordered], last.leaves if leaves else [])
 
     return run
 
 
-def _same(leaves: Sequence[Tensor], checked: Sequence[weakref.ref]) -> bool:
-    both = zip(leaves, checked, strict=False)
-    return len(leaves) == len(checked) and all(ref() is leaf for leaf, ref in both)
+class _Last:
+    """The leaves of the bank that came last, checked, and contiguous: a server's next call has the
+    same, and a ``Bank``'s would be copied for each token."""
+
+    def __init__(self) -> None:
+        self.leaves: list[Tensor] = []
+        self._taken: list[tuple[Tensor, int | None]] = []
+
+    def holds(self, leaves: Sequence[Tensor]) -> bool:
+        """Whether these are they, and nothing was written to them since."""
+        both = zip(leaves, self._taken, strict=False)
+        return len(leaves) == len(self._taken) and all(
+            leaf is taken and version is not None and version == _version(leaf)
+            for leaf, (taken, version) in both
+        )
+
+    def take(self, leaves: Sequence[Tensor]) -> None:
+        self._taken = [(leaf, _version(leaf)) for leaf in leaves]
+        self.leaves = [leaf.contiguous() for leaf in leaves]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often it, or what it is a view of, was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _check_bank(bank: Any, about: Mapping[str, Any], path: Path) -> None:

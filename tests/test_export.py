@@ -20,7 +20,7 @@ from transforms import error
 import fadapt as fa
 from fadapt import check_export, export, load_export
 from fadapt.bases import int8
-from fadapt.testing import assert_pure
+from fadapt.purity import snapshot
 
 CONFIGS = {
     "dense": None,
@@ -33,14 +33,14 @@ TARGETS = ["q_proj", "down_proj"]
 AXES = {name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded(tmp_path_factory):
-    """The exporters register their loggers when they are first used."""
-    model, method = torch.nn.Sequential(torch.nn.Linear(8, 4)), fa.LoRA(rank=2)
-    for suffix in (".pt2", ".onnx"):
-        path = tmp_path_factory.mktemp("first") / f"g{suffix}"
-        bank, inputs = bank_of(model, method, 2), {"input": torch.ones(3, 8)}
-        export(model, method, path, bank=bank, inputs=inputs, dynamic={"input": {0: "batch"}})
+def assert_pure(fn, *things):
+    """As fadapt's, but for torch's and the exporters' loggers, which come with their first use."""
+    before = snapshot(*things)
+    fn()
+    after = snapshot(*things)
+    changed = [k for k in before.keys() | after.keys() if before.get(k) != after.get(k)]
+    assert not [k for k in changed if k in before and not k.startswith("logger torch.")]
+    assert all(k.startswith("logger ") for k in changed)
 
 
 def llama(base):
@@ -358,6 +358,12 @@ def test_what_a_graph_would_run_wrongly_is_refused(tmp_path):
         call([0, 1], x, bank_of(model, last, 3))
     held = fa.Bank.holding(model, {"a": (fa.unstack(bank)[0], scaled)})
     assert call(["a", "base"], x, held)[0].shape == (2, 8)
+    room = fa.Bank.of(model, first, capacity=2).add("a", fa.unstack(bank)[0], scaled)
+    one = call(["a"], {"input": x["input"][:1]}, room)[0]  # which keeps a copy of the bank
+    more = room.add("b", fa.unstack(bank)[1], scaled)  # in the same tensors
+    got = call(["b", "a"], x, more)[0]
+    want = fa.bind(model, scaled)(fa.unstack(bank)[1], x["input"][:1])
+    assert error(got, torch.cat([want, one])) <= 8 * torch.finfo(torch.float32).eps
     with pytest.raises(fa.errors.AdapterError, match="scales its adapters otherwise"):
         load_export(tmp_path / "two.pt2")(["a", "base"], x, held)
     for ids in ([0, 3], [0, -2], [0.5, 1], [True, False], torch.tensor([0.0, 1.0])):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_lm import make_adapters
-from test_export import loaded  # noqa: F401  a fixture
 from test_export_cache import greedy
 from torch.utils._pytree import tree_leaves
 
