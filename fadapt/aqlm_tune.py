@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fadapt.bases import base_of
 from fadapt.errors import ConfigError, UnsupportedLayerError
+from fadapt.lending import Lender, Scratch
 from fadapt.merging import placed, with_layers
-from fadapt.shell import join, share
+from fadapt.shell import join, share, written_to
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -69,7 +69,7 @@ def finetune_aqlm(
     if not fed:
         raise ConfigError("finetune_aqlm: no batch was given.")
     loss = loss or distance
-    shell = placed(share(merged, {}), [(path, _Tuned(base)) for path, base in bases.items()])
+    run = _runner(merged, bases)
     start = {
         join(path, name): value
         for path, base in bases.items()
@@ -83,7 +83,7 @@ def finetune_aqlm(
 
     def total(leaves: dict[str, Tensor]) -> float:
         with torch.no_grad():
-            each = [_loss(shell, leaves, f, w, loss) for f, w in zip(fed, wanted, strict=True)]
+            each = [loss(run(leaves, f), w) for f, w in zip(fed, wanted, strict=True)]
         return float(torch.stack(each).mean())
 
     leaves = {name: t.clone().requires_grad_() for name, t in start.items()}
@@ -94,7 +94,7 @@ def finetune_aqlm(
             break
         which = step % len(fed)
         with torch.enable_grad():
-            value = _loss(shell, leaves, fed[which], wanted[which], loss)
+            value = loss(run(leaves, fed[which]), wanted[which])
             grads = torch.autograd.grad(value, list(leaves.values()))
         for leaf, grad in zip(leaves.values(), grads, strict=True):
             leaf.grad = grad
@@ -170,11 +170,19 @@ def _rebuilt(merged: nn.Module, bases: Mapping[str, Any], tuned: Mapping[str, Te
     return with_layers(merged, fresh)
 
 
-def _loss(
-    shell: nn.Module, leaves: Mapping[str, Tensor], fed: Any, wanted: Any, loss: Loss
-) -> Tensor:
-    args, kwargs = fed
-    return loss(functional_call(shell, dict(leaves), tuple(args), kwargs), wanted)
+def _runner(merged: nn.Module, bases: Mapping[str, Any]) -> Callable[..., Any]:
+    """``run(leaves, (args, kwargs))``: the model with these in place of its layers' own."""
+    shell = placed(share(merged, {}), [(path, _Tuned(base)) for path, base in bases.items()])
+    written = written_to(shell)
+    scratch = Scratch({n: v for n, v in written.items() if n.rpartition(".")[0] not in bases})
+    lender = Lender(shell)
+
+    def run(leaves: Mapping[str, Tensor], fed: Any) -> Any:
+        tensors, (args, kwargs) = dict(leaves), fed
+        scratch.fill(tensors)
+        return lender.call(shell, tensors, tuple(args), kwargs)
+
+    return run
 
 
 def _arguments(batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:

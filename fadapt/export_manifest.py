@@ -17,7 +17,7 @@ from fadapt.kinds import Kinds
 from fadapt.shell import join, share
 
 # Of the manifest, what :func:`fadapt.load_export` needs.
-_READ = {"format", "inputs", "bank", "ids", "count", "scalings", "shapes"}
+_READ = {"format", "inputs", "bank", "ids", "count", "scalings", "shapes", "torch"}
 
 
 def check_export(

@@ -38,8 +38,8 @@ def load_export(path: str | Path) -> Run:
         path: of the file; its manifest lies beside it.
 
     Raises:
-        CheckpointError: no manifest, or one of another file; or an ONNX model of operations that
-            ONNX Runtime does not have for a CPU.
+        CheckpointError: no manifest, or one of another file; a package of another torch; an ONNX
+            model of operations that ONNX Runtime does not have for a CPU.
         AdapterError: from ``run``: inputs that the graph does not have, or lacks; of another dtype
             or shape, ids that are not one a row; another kind of bank; an unknown name, an id out
             of range.
@@ -52,6 +52,11 @@ def load_export(path: str | Path) -> Run:
     about = read_manifest(path)
     if any(about.get(name) != value for name, value in of_files(path).items()):
         raise CheckpointError(f"{path} is not what its manifest tells of. Export again.")
+    if about["format"] == "aoti.pt2" and about["torch"] != torch.__version__:
+        raise CheckpointError(
+            f"{path} was compiled by torch {about['torch']}, and this is {torch.__version__}: a "
+            "package runs on its own alone. Export again."
+        )
     names: list[str] = about["inputs"]
     call = _LOADERS[about["format"]](path)
     banks = sum(name.startswith("bank_") for name in names)

@@ -22,7 +22,7 @@ from transforms import error
 
 import fadapt as fa
 from fadapt import check_export, export, load_export
-from fadapt.export_manifest import read_manifest
+from fadapt.export_manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 SIZES = {
@@ -165,6 +165,12 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, base, suffix):
         for weight in weights:
             assert weight.qdata.numpy().tobytes() in data
             assert weight.dequantize().numpy().tobytes() not in data
+    if suffix == ".aoti.pt2":
+        write_manifest(path, about | {"torch": "2.1.0"})
+        with pytest.raises(
+            fa.errors.CheckpointError, match=r"compiled by torch 2\.1\.0, and this is"
+        ):
+            load_export(path)
     if suffix == ".onnx":
         graph = onnx.load(path).graph
         assert [i.name for i in graph.input] == about["inputs"]

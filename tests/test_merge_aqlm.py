@@ -213,6 +213,14 @@ def test_a_layer_of_two_names_is_tuned_as_one():
     assert not torch.equal(tuned[2].codebooks, layer.codebooks)
 
 
+def test_what_a_model_writes_to_while_it_is_tuned_stays():
+    layer = quantized((2, 6, 8, 1), 16, 16, bias=False).requires_grad_(False)
+    model = nn.Sequential(layer, nn.BatchNorm1d(16)).train().requires_grad_(False)
+    teacher, x = fa.bind(model, fa.LoRA(rank=1, targets=["0"])), inputs(8)[:, :16]
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)]).step()  # its first use makes loggers
+    assert_pure(lambda: fa.finetune_aqlm(model, lambda x: teacher(None, x), [x], steps=2), model, x)
+
+
 def test_tuned_layers_are_measured_as_they_are_kept():
     """A step below what bfloat16 holds: in float32 the loss falls, and rounded it may rise."""
     for seed in range(12):
