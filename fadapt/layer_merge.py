@@ -3,6 +3,7 @@
 What is held beyond the output is a few blocks in float32, never W whole.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,15 +13,10 @@ from torch import Tensor
 
 from fadapt.adapted import Adapted, row_blocks
 from fadapt.bases.grid import Grid, Gridded
+from fadapt.bases.precision import without_autocast
 from fadapt.errors import MergeError
-from fadapt.rounding import (
-    FACTORS,
-    Rounding,
-    feedback,
-    feedback_factor,
-    search_errors,
-    stochastic,
-)
+from fadapt.feedback import factored, feedback
+from fadapt.rounding import FACTORS, Rounding, search_errors, stochastic
 
 
 class Merged(NamedTuple):
@@ -66,12 +62,7 @@ def merge_layer(
             "format with to=."
         )
     whole, moment = like.grid(), rounding.moment(path, adapted.in_features)
-    factor = None
-    if rounding.kind == "feedback" and moment is not None:
-        factor = feedback_factor(moment, torch.promote_types(adapted.dtype, torch.float32))
-    # feedback walks over the columns of each block: fewer blocks, fewer walks.
-    blocks = list(row_blocks(adapted, 2**18 if factor is None else 2**22))
-    shared = None
+    blocks, shared = list(row_blocks(adapted)), None
     if whole.tall and whole.span is not None:
         shared = _shared(adapted, path, like, blocks, rounding, moment, scales, safe)
     scale, zero = whole.scale.clone(), None if whole.zero is None else whole.zero.clone()
@@ -91,22 +82,19 @@ def merge_layer(
                 if zero is not None and grid.zero is not None:
                     zero[rows] = grid.zero
         saturated += grid.saturated(weight)
-        if factor is not None:
-            codes[rows] = feedback(grid, weight, factor)
-        elif rounding.kind == "stochastic" and rounding.generator is not None:
+        if rounding.kind == "stochastic" and rounding.generator is not None:
             codes[rows] = stochastic(grid, weight, rounding.generator)
         else:
             codes[rows] = grid.nearest(weight)
-        if safe and grid.span is None and not bool(codes[rows].isfinite().all()):
-            raise MergeError(
-                f"layer {path!r}: the merged weight overflows {codes.dtype}: its largest element "
-                f"is {weight.abs().max():.3g}. Merge into a wider format (to='float32'), or find "
-                "out what made the adapter so large."
-            )
+        if safe and grid.span is None:
+            _check_fits(codes[rows], weight, path)
     if shared is not None:
         scale, zero = shared.scale, shared.zero
+    grid = replace(whole, scale=scale, zero=zero)
+    if rounding.kind == "feedback" and moment is not None:
+        _feed_back(adapted, path, grid, moment, codes, safe)
     kept = float((scale == whole.scale).float().mean())
-    base = like.on_grid(replace(whole, scale=scale, zero=zero), codes)
+    base = like.on_grid(grid, codes)
     return Merged(with_bias(base, adapted.bias), saturated, kept)
 
 
@@ -122,6 +110,27 @@ def _weights(adapted: Adapted, blocks: list[slice]) -> Iterator[tuple[slice, Ten
         yield rows, adapted.rows(rows).dequantize()
 
 
+def _feed_back(
+    adapted: Adapted, path: str, grid: Grid, moment: Tensor, codes: Tensor, safe: bool
+) -> None:
+    """Write the codes that feedback finds on ``grid``."""
+    kind = torch.promote_types(adapted.dtype, torch.float32)
+    # It walks over the columns of each block: larger blocks, fewer walks.
+    blocks = list(row_blocks(adapted, 2**22))
+    held = torch.empty(
+        blocks[0].stop, adapted.in_features, dtype=kind, device=adapted.device
+    )  # one for all of them: a new one would be made while the old is there
+    with without_autocast(held), factored(moment, kind, adapted.device, path) as factor:
+        for rows in blocks:
+            part = adapted.rows(rows)
+            weight = held[: part.out_features]
+            for some, values in _weights(part, list(row_blocks(part))):
+                weight[some] = values
+            feedback(_at(grid, rows), weight, factor, codes[rows])
+            if safe and grid.span is None:
+                _check_fits(codes[rows], weight, path)
+
+
 def _shared(
     adapted: Adapted,
     path: str,
@@ -134,13 +143,16 @@ def _shared(
 ) -> Grid:
     """The grid of a format with one scale for all rows, which a pass over them chooses."""
     grid: Grid = like.grid()
-    lows, highs = [], []
+    # In place: a small result kept from each block would lie between the large ones of the heap,
+    # and the allocator could not put the next block where the one before was.
+    kind = torch.promote_types(adapted.dtype, torch.float32)
+    low = torch.full(grid.scale.shape, math.inf, dtype=kind, device=adapted.device)
+    high = -low
     for rows, weight in _weights(adapted, blocks):
-        low, high = grid.extent(weight)
-        _check_finite(low, high, rows, path, safe)
-        lows.append(low)
-        highs.append(high)
-    low, high = torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+        least, most = grid.extent(weight)
+        _check_finite(least, most, rows, path, safe)
+        torch.minimum(low, least, out=low)
+        torch.maximum(high, most, out=high)
     grid = grid.choose(low, high, scales)
     if rounding.kind != "search":
         return grid
@@ -150,12 +162,12 @@ def _shared(
 def _searched(weights: Any, grid: Grid, moment: Tensor | None) -> Grid:
     """Each block's best scale: of the one it has, and that times each of FACTORS."""
     candidates = [grid, *(grid.shrunk(f) for f in FACTORS)]
-    errors: list[Any] = [0.0 for _ in candidates]
+    errors: list[Tensor] = []
     for weight in weights:
-        errors = [
-            total + search_errors(one, weight, moment)
-            for total, one in zip(errors, candidates, strict=True)
-        ]
+        if not errors:
+            errors = [torch.zeros_like(grid.scale, dtype=weight.dtype) for _ in candidates]
+        for total, one in zip(errors, candidates, strict=True):
+            total += search_errors(one, weight, moment)
     best, chosen = errors[0], grid
     for error, one in zip(errors[1:], candidates[1:], strict=True):
         better = error < best
@@ -173,6 +185,15 @@ def _at(grid: Grid, rows: slice) -> Grid:
 def _check_finite(low: Tensor, high: Tensor, rows: slice, path: str, safe: bool) -> None:
     if safe and not bool(low.isfinite().all() and high.isfinite().all()):
         raise not_finite(path, f" (first seen from row {rows.start} on)")
+
+
+def _check_fits(codes: Tensor, weight: Tensor, path: str) -> None:
+    if not bool(codes.isfinite().all()):
+        raise MergeError(
+            f"layer {path!r}: the merged weight overflows {codes.dtype}: its largest element is "
+            f"{weight.abs().max():.3g}. Merge into a wider format (to='float32'), or find out what "
+            "made the adapter so large."
+        )
 
 
 def not_finite(path: str, where: str = "") -> MergeError:

@@ -2,9 +2,9 @@
 
 ``nearest``: the smallest error of each element. ``search``: nearest, on the scales that make the
 summed error smallest. ``feedback``: the error of each column is carried into the columns after it,
-for the smallest error of the *outputs* (GPTQ: Frantar et al. 2022, arXiv:2210.17323, algorithm 1,
-after Hassibi & Stork's optimal brain surgeon). ``stochastic``: up or down with probabilities that
-make the expected value the weight itself, so that a change far below a step survives on average.
+for the smallest error of the *outputs* (:mod:`fadapt.feedback`). ``stochastic``: up or down with
+probabilities that make the expected value the weight itself, so that a change far below a step
+survives on average.
 """
 
 from collections.abc import Mapping
@@ -86,39 +86,3 @@ def search_errors(grid: Grid, weight: Tensor, moment: Tensor | None) -> Tensor:
     if moment is not None:
         error *= moment.diagonal().to(error.dtype)
     return grid.sums(error)
-
-
-def feedback_factor(moment: Tensor, dtype: torch.dtype) -> Tensor:
-    """The upper Cholesky factor of ``H^-1`` ``[in, in]``, H damped by 1 % of its mean diagonal."""
-    H = moment.to(dtype)
-    damp = 0.01 * H.diagonal().mean().clamp(min=torch.finfo(dtype).tiny)
-    H = H + damp * torch.eye(len(H), dtype=dtype, device=H.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
-
-
-def feedback(grid: Grid, weight: Tensor, factor: Tensor, width: int = 128) -> Tensor:
-    """Codes of ``weight`` ``[rows, in]``, column by column, each error passed on.
-
-    Args:
-        grid: of these rows.
-        weight: left as it is.
-        factor: of :func:`feedback_factor`.
-        width: columns after which the ones to the right are brought up to date.
-    """
-    weight, n_in = weight.clone(), weight.shape[1]
-    codes = torch.empty(weight.shape, dtype=grid.kind, device=weight.device)
-    for start in range(0, n_in, width):
-        stop = min(start + width, n_in)
-        errors = torch.empty_like(weight[:, start:stop])
-        for j in range(start, stop):
-            one = grid.columns(slice(j, j + 1), n_in)
-            column = weight[:, j : j + 1]
-            code = one.nearest(column)
-            codes[:, j : j + 1] = code
-            error = (column - one.values(code, column.dtype)) / factor[j, j]
-            weight[:, j + 1 : stop] -= error * factor[j, j + 1 : stop]
-            errors[:, j - start : j - start + 1] = error
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes

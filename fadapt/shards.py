@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fadapt.errors import CheckpointError
+from fadapt.quieting import quiet
 
 _DTYPES = {
     "F64": torch.float64,
@@ -121,17 +122,19 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
 
 
 def mapped(path: Path, entries: dict[str, Entry]) -> dict[str, Tensor]:
-    """The tensors of a file, read from disk where they are touched: never all in memory."""
+    """The tensors of a file, read from disk where they are touched: never all in memory. They
+    cannot be written to."""
     with path.open("rb") as file:
-        # A private map: nothing that is written to a tensor would reach the file.
-        view = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        # Of a writable map the kernel reserves memory for a copy, and so refuses a larger file.
+        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     found = {}
-    for name, at in entries.items():
-        if at.dtype is None or at.start == at.stop:
-            continue
-        count = (at.stop - at.start) // at.dtype.itemsize
-        flat = torch.frombuffer(view, dtype=at.dtype, count=count, offset=at.start)
-        found[name] = flat.view(at.shape)
+    with quiet():  # torch warns of tensors that cannot be written to
+        for name, at in entries.items():
+            if at.dtype is None or at.start == at.stop:
+                continue
+            count = (at.stop - at.start) // at.dtype.itemsize
+            flat = torch.frombuffer(view, dtype=at.dtype, count=count, offset=at.start)
+            found[name] = flat.view(at.shape)
     return found
 
 
@@ -179,6 +182,7 @@ def write(
                 )
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             new.write(flat.data)
+            del tensor, flat  # before the next one is made
         new.flush()
         os.fsync(new.fileno())
     os.replace(beside, target)
