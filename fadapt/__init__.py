@@ -19,7 +19,7 @@ from fadapt.graphs import cuda_graph
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.lora_conv import ConvLoRA as _ConvLoRA  # noqa: F401 - registers it
 from fadapt.lora_embedding import LoRAEmbeddingParams
-from fadapt.merge_report import LayerReport, MergeReport, merge_report
+from fadapt.merge_report import LayerReport, MergeComparison, MergeReport, merge_report
 from fadapt.merging import merge, merged_model
 from fadapt.method import Method
 from fadapt.oft import OFT, OFTParams, OFTRotation
@@ -48,6 +48,7 @@ __all__ = [
     "LoRABiasParams",
     "LoRAEmbeddingParams",
     "LoRAParams",
+    "MergeComparison",
     "MergeReport",
     "Method",
     "Mixed",

@@ -7,7 +7,7 @@ comes out at the end.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fadapt.bases import base_of
+from fadapt.calibration import arguments
 from fadapt.errors import ConfigError, UnsupportedLayerError
 from fadapt.lending import Lender, Scratch
 from fadapt.merging import placed, with_layers
@@ -65,7 +66,7 @@ def finetune_aqlm(
     if steps < 1 or not lr > 0:
         raise ConfigError(f"steps must be at least 1 and lr above 0; got {steps} and {lr}.")
     bases = _bases(merged)
-    fed = [_arguments(batch) for batch in batches]
+    fed = [arguments(batch) for batch in batches]
     if not fed:
         raise ConfigError("finetune_aqlm: no batch was given.")
     loss = loss or distance
@@ -183,9 +184,3 @@ def _runner(merged: nn.Module, bases: Mapping[str, Any]) -> Callable[..., Any]:
         return lender.call(shell, tensors, tuple(args), kwargs)
 
     return run
-
-
-def _arguments(batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (batch if isinstance(batch, tuple) else (batch,)), {}

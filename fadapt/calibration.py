@@ -2,7 +2,7 @@
 its outputs; the largest magnitude, for formats that round the inputs too."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,13 @@ def input_amax(
     return found
 
 
+def arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """What a model is called with: a batch is a tensor, a tuple or a dict."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch if isinstance(batch, tuple | list) else (batch,)), {}
+
+
 def _watch(
     name: str,
     model: nn.Module,
@@ -109,10 +116,8 @@ def _watch(
         # The shell's own dict is the copied layer's: the model's hooks are not touched.
         layer.register_forward_pre_hook(hook_of(path))
     for batch in batches:
-        if isinstance(batch, Mapping):
-            forward(params, **batch)
-        else:
-            forward(params, *(batch if isinstance(batch, tuple | list) else (batch,)))
+        args, kwargs = arguments(batch)
+        forward(params, *args, **kwargs)
     missing = sorted(linear.keys() - reached)
     if missing:
         raise AdapterError(f"{name}: no batch reached the layers {missing[:4]}.")

@@ -1,17 +1,19 @@
 """``merge_report``: what a merge would keep of an adapter, layer by layer, before you do it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from fadapt.adapted import Adapted, row_blocks, with_steps
 from fadapt.aqlm_merge import Recode
+from fadapt.errors import ConfigError
 from fadapt.measure import Shares, shares
-from fadapt.merging import merge_layers
-from fadapt.plan import plan
+from fadapt.merging import check_rounding, merge_layers
+from fadapt.plan import Plan, plan
+from fadapt.rounding import Rounding
 
 
 class Truth(NamedTuple):
@@ -52,8 +54,13 @@ class LayerReport(NamedTuple):
     @property
     def lost(self) -> bool:
         """The merged layer errs no less than one without the adapter: a lost cause."""
-        found = self.output or self.weight
+        found = self.found
         return found.delta > 0 and found.error >= found.delta
+
+    @property
+    def found(self) -> Shares:
+        """Of the outputs if there are moments, else of the weight."""
+        return self.output or self.weight
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,49 @@ class MergeReport:
                     f"{one.kept:.0%}",
                 ]
             )
-        widths = [max(len(r[k]) for r in rows) for k in range(len(names))]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows
-        )
+        return _aligned(rows)
+
+
+@dataclass(frozen=True)
+class MergeComparison:
+    """A :class:`MergeReport` for each rounding; printing it prints their errors side by side."""
+
+    reports: Mapping[str, MergeReport]
+
+    @property
+    def best(self) -> dict[str, str]:
+        """``{path: the rounding of the smallest error}``, in the outputs if there are moments."""
+        first = next(iter(self.reports.values()))
+        return {
+            path: min(self.reports, key=lambda name: self.reports[name].layers[path].found.error)
+            for path in first.layers
+        }
+
+    def __str__(self) -> str:
+        """A table, one line a layer: the error of dropping the adapter, and of each rounding."""
+        rows = [["layer", "dropped", *self.reports, "best"]]
+        for path, best in self.best.items():
+            layers = [report.layers[path] for report in self.reports.values()]
+            errors = [layers[0].found.delta, *(layer.found.error for layer in layers)]
+            rows.append([path, *(f"{error:.3%}" for error in errors), best])
+        return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+
+
+@overload
+def merge_report(
+    model: nn.Module, params: Any, method: Any, *, rounding: str = ..., **options: Any
+) -> MergeReport: ...
+
+
+@overload
+def merge_report(
+    model: nn.Module, params: Any, method: Any, *, rounding: Sequence[str], **options: Any
+) -> MergeComparison: ...
 
 
 def merge_report(
@@ -100,15 +146,18 @@ def merge_report(
     params: Any,
     method: Any,
     *,
+    rounding: str | Sequence[str] = "nearest",
+    generator: torch.Generator | None = None,
     moments: Mapping[str, Tensor] | None = None,
     original: Mapping[str, Tensor] | None = None,
     aqlm: Recode | None = None,
     **options: Any,
-) -> MergeReport:
+) -> MergeReport | MergeComparison:
     """Merge a layer at a time, measure, and keep nothing.
 
     Args:
-        model, params, method, **options: as :func:`fadapt.merge`.
+        model, params, method, generator, **options: as :func:`fadapt.merge`.
+        rounding: one, or several to compare.
         moments: ``{path: X^T X}`` (see :func:`fadapt.calibrate`): the outputs of linear layers are
             then measured too.
         original: ``{path: W0 [out, in]}``, the weights before quantization: their distance from the
@@ -116,7 +165,12 @@ def merge_report(
         aqlm: how AQLM layers are merged; ``Recode()`` if None, since nothing is refused here.
 
     Returns:
-        The report; ``report.lost`` names the lost causes, ``print(report)`` shows all.
+        The report; ``report.lost`` names the lost causes, ``print(report)`` shows all. Of several
+        roundings, a :class:`MergeComparison`: ``reports`` holds each one's, ``best`` names the best
+        for each layer.
+
+    Raises:
+        ConfigError: no rounding, or one that lacks what it needs; before any is measured.
 
     Example:
         >>> import torch, fadapt
@@ -127,9 +181,21 @@ def merge_report(
         >>> round(report.layers[""].weight.captured, 3), report.lost
         (1.0, [])
     """
-    found: dict[str, LayerReport] = {}
+    names = [rounding] if isinstance(rounding, str) else list(dict.fromkeys(rounding))
+    if not names:
+        raise ConfigError("rounding=[]: name at least one.")
+    for name in names:
+        Rounding(name, generator, moments)
+        check_rounding(options.get("to"), name)
     todo = plan(model, params, method, options.get("safe", True))
-    options |= {"moments": moments, "aqlm": aqlm or Recode()}
+    options |= {"generator": generator, "moments": moments, "aqlm": aqlm or Recode()}
+    reports = {name: _report(todo, original, rounding=name, **options) for name in names}
+    return reports[names[0]] if isinstance(rounding, str) else MergeComparison(reports)
+
+
+def _report(todo: Plan, original: Mapping[str, Tensor] | None, **options: Any) -> MergeReport:
+    found: dict[str, LayerReport] = {}
+    moments = options["moments"]
     for path, adapted, merged in merge_layers(todo, **options):
         new = merged.base
         moment = (moments or {}).get(path)

@@ -47,9 +47,8 @@ def unmerge(
             divided out (or give what ``bind(...).prepare`` made on the old model); a record of
             another merge.
     """
-    todo = _plan(model, params, method, undo)
+    todo, state = _plan(model, params, method, undo)
     check_untied(model, list(todo.bases))
-    state = {join(path, "bias"): (undo or {})[path]["bias"] for path in todo.others}
     for path, old in _layers(todo, undo, scales):
         layer = model.get_submodule(path)
         state |= {join(path, name): t for name, t in named(layer, old).items()}
@@ -74,15 +73,16 @@ def unmerged_model(
     Raises:
         AdapterError, MergeError: as :func:`unmerge`.
     """
-    todo = _plan(model, params, method, undo)
+    todo, beside = _plan(model, params, method, undo)
     old = _layers(todo, undo, scales)
     shell = with_layers(model, ((path, todo.bases[path], base) for path, base in old))
-    for path in todo.others:
-        put(shell, join(path, "bias"), (undo or {})[path]["bias"])
+    for name, tensor in beside.items():
+        put(shell, name, tensor)
     return shell
 
 
-def _plan(model: nn.Module, params: Any, method: Any, undo: Any) -> Plan:
+def _plan(model: nn.Module, params: Any, method: Any, undo: Any) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan, and the old biases of other modules than its layers."""
     todo = plan(model, params, method, True)
     if todo.saved:
         raise MergeError(
@@ -99,7 +99,7 @@ def _plan(model: nn.Module, params: Any, method: Any, undo: Any) -> Plan:
     if undo is not None and undo.keys() != expected:
         odd = sorted(undo.keys() ^ expected)
         raise MergeError(f"the undo record is of other layers: {odd[:4]} differ.")
-    return todo
+    return todo, {join(path, "bias"): undo[path]["bias"] for path in todo.others}
 
 
 def _layers(todo: Plan, undo: Mapping[str, Any] | None, scales: str) -> Iterator[tuple[str, Any]]:

@@ -497,6 +497,44 @@ def test_feedback_lowers_the_error_of_the_outputs(name):
     assert out["feedback"] < 0.8 * out["nearest"]
 
 
+def test_roundings_are_compared_on_the_same_case():
+    model, method = model_of("int8-row", 32, 24), METHODS["lora"]
+    params = adapter_of(model, method, 0.02)
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(256, 6, generator=g) @ torch.randn(6, 32, generator=g)
+    moments = fa.calibrate(model, params, method, [x])
+
+    def report(rounding):
+        g = torch.Generator().manual_seed(0)
+        return fa.merge_report(
+            model, params, method, rounding=rounding, moments=moments, generator=g
+        )
+
+    names = ["nearest", "search", "feedback", "stochastic"]
+    found = assert_pure(lambda: report(names), model, params, moments)
+    assert list(found.reports) == names
+    assert all(found.reports[name] == report(name) for name in names)
+    errors = {n: found.reports[n].layers["0"].output.error for n in names}
+    assert found.best["0"] == min(errors, key=errors.get) == "feedback"
+    first, *lines = str(found).splitlines()
+    assert first.split() == ["layer", "dropped", *names, "best"]
+    assert lines[0].split()[-1] == "feedback"
+    assert f"{errors['search']:.3%}" in lines[0]
+    # What one of them lacks is told before the others are measured.
+    seen: list[Any] = []
+    for rounding, words in (
+        (["nearest", "stochastic"], "generator"),
+        (["nearest", "feedback"], "calibrate"),
+        (["nearest", "up"], "must be one of"),
+        ([], "at least one"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            fa.merge_report(
+                model, params, method, rounding=rounding, progress=lambda *a: seen.append(a)
+            )
+    assert not seen
+
+
 def test_progress_is_told_before_each_layer():
     model, method, seen = model_of("int8-row"), METHODS["lora"], []
     fa.merge(model, adapter_of(model, method), method, progress=lambda *a: seen.append(a))
