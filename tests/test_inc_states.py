@@ -13,7 +13,7 @@ from inc_layers import DTYPES, normal
 from neural_compressor.torch.algorithms.fp8_quant._core import common
 from neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules import PatchedLinear
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import fadapt as fa
 from fadapt.bases import fp8
@@ -254,6 +254,15 @@ def test_dynamic_scales_by_incs_op_or_without_it(device, monkeypatch):
     for method in DYNAMIC:  # a row of zeros has no scale: INC's own is 0 * inf
         base = fa.base_of(gaudi_layer(device, "dynamic", method, "fp32"))
         assert torch.equal(base.linear(torch.zeros(2, 16)), base.bias.expand(2, 8))
+
+
+@pytest.mark.parametrize(("state", "method"), SHORT)
+def test_an_empty_batch(device, gemm, state, method):
+    base = fa.base_of(gaudi_layer(device, state, method, hp="fp32"))
+    for shape in ((0, 16), (2, 0, 16)):
+        y, pull = vjp(base.linear, torch.zeros(shape))
+        assert y.shape == (*shape[:-1], 8)
+        assert pull(y)[0].shape == shape
 
 
 @pytest.mark.parametrize(("state", "method"), SHORT)

@@ -145,6 +145,8 @@ def scaled_product(
     rounded: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, static: Format
 ) -> Tensor:
     """The device's float8 GEMM: INC's on a Gaudi, else torch's."""
+    if not rounded.numel():  # not even a scale comes with no rows
+        return rounded.new_empty(*rounded.shape[:-1], codes.shape[0], dtype=static.result)
     rows, x_rows = rounded.reshape(-1, rounded.shape[-1]), x_scale.reshape(-1, 1)
     if static.one:
         x_rows = x_rows[:1]

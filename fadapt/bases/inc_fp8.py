@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from neural_compressor.torch.algorithms.fp8_quant._core.common import QuantTensorType
 from neural_compressor.torch.algorithms.fp8_quant._core.fp_utils import get_fullscale
 from neural_compressor.torch.algorithms.fp8_quant._core.scale_methods.scales_method import (
@@ -212,7 +213,9 @@ def _dynamic_scale(made: Any, x: Tensor) -> Tensor:
     else:  # the op that INC's own call takes may exist on a Gaudi alone: the same without it
         reach = x.abs()
         per_row = isinstance(made, MaxAbsDynamicPcs)
-        amax = reach.amax(made.dim, keepdim=True) if per_row else reach.amax()
+        # An empty batch has no largest element: the zero stands in for it.
+        whole = F.pad(reach.amax(-1).reshape(-1), (0, 1))
+        amax = reach.amax(made.dim, keepdim=True) if per_row else whole.amax()
         scale = amax / (made.fullscale * made.backoff)
         rounding = made.round_scale_method
         scale = type(rounding).calc(rounding, scale if per_row else scale.to(made.hp_dtype))
