@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fadapt.errors import CheckpointError
+from fadapt.errors import AdapterError, CheckpointError, MergeError
 from fadapt.folder_formats import TARGETS, flat
 from fadapt.folder_plan import Folder, read_folder
 from fadapt.merging import check_rounding, merge_layers
@@ -135,6 +135,9 @@ def merge_folder(
     for file, pieces in left.items():
         try:
             write(work / file.name, pieces, folder.metadata, make)
+        except (AdapterError, MergeError):
+            shutil.rmtree(work, ignore_errors=True)  # the same call would end here again
+            raise
         except OSError as error:
             raise CheckpointError(
                 f"could not write {work / file.name}: {error.strerror or error}. What is finished "

@@ -193,6 +193,12 @@ def merge_layers(
     at_nearest = how if rounding == "stochastic" else Rounding()
     check_rounding(to, rounding)
     likes = {p: b if to is None else like_named(to, b, p, amax) for p, b in todo.bases.items()}
+    for path, like in likes.items():  # what would stop a later layer, before the first is merged
+        base = todo.bases[path]
+        if not isinstance(base, Conv | Embedding):
+            how.moment(path, base.in_features)
+        if aqlm is None and not isinstance(like, AqlmFormat | Gridded):
+            refuse(todo.adapted(path), path)
     for k, (path, like) in enumerate(likes.items()):
         if progress is not None:
             progress(path, k, len(likes))
@@ -201,13 +207,13 @@ def merge_layers(
         mine = at_nearest if isinstance(adapted.base, Conv | Embedding) else how
         # A grid that is not the layer's own has no scales yet to keep.
         chosen = scales if to is None else "fresh"
-        if isinstance(like, AqlmFormat):
-            moment = how.moment(path, adapted.in_features)
-            new = encoded(adapted, path, like, aqlm or Recode(), moment, generator, safe)
-            yield Layer(path, adapted, Merged(with_bias(new, adapted.bias)))
-            continue
         if not isinstance(like, Gridded):
-            yield Layer(path, adapted, _recoded(adapted, path, aqlm, how, safe))
+            codes, moment = aqlm or Recode(), how.moment(path, adapted.in_features)
+            if isinstance(like, AqlmFormat):
+                new = encoded(adapted, path, like, codes, moment, generator, safe)
+            else:
+                new = recoded(adapted, path, codes, moment, safe)
+            yield Layer(path, adapted, Merged(with_bias(new, adapted.bias)))
             continue
         merged = merge_layer(adapted, path, mine, like=like, scales=chosen, safe=safe)
         yield Layer(path, adapted, merged)
@@ -220,14 +226,6 @@ def check_rounding(to: str | None, rounding: str) -> None:
             f"rounding={rounding!r} with to={to!r}: AQLM's codes are searched for, not rounded. "
             "Leave rounding out."
         )
-
-
-def _recoded(adapted: Adapted, path: str, aqlm: Recode | None, how: Rounding, safe: bool) -> Merged:
-    if aqlm is None:
-        refuse(adapted, path)
-    moment = how.moment(path, adapted.in_features)
-    base = recoded(adapted, path, aqlm or Recode(), moment, safe)
-    return Merged(with_bias(base, adapted.bias))
 
 
 def _holds(layer: nn.Module, to: str | None, old: Any, new: Any) -> bool:

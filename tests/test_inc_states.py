@@ -14,6 +14,7 @@ from neural_compressor.torch.algorithms.fp8_quant._core import common
 from neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules import PatchedLinear
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.utils._pytree import tree_map
 
 import fadapt as fa
 from fadapt.bases import fp8
@@ -221,6 +222,41 @@ def test_merged_layers_are_run_by_inc(device, state, method, fmt, kind):
         else:
             with pytest.raises(fa.errors.UnsupportedLayerError, match="as a number"):
                 fa.merge(model, params, kind, scales=scales)
+
+
+@pytest.mark.parametrize(("state", "method"), SHORT)
+def test_several_adapters_in_order_every_rounding_and_the_way_back(device, state, method):
+    """One rounding for all of them; the same bytes again; and other formats from this one."""
+    model = nn.Sequential(gaudi_layer(device, state, method, hp="fp32"))
+    kinds = [fa.LoRA(rank=2, alpha=8), fa.DoRA(rank=2), fa.OFT(block_size=4)]
+    g = torch.Generator().manual_seed(0)
+    params = [randomized(fa.init(k, model, generator=g), i) for i, k in enumerate(kinds)]
+    old, x = fa.base_of(model[0]), inputs("fp32")
+    want = old.dequantize().double()
+    for kind, adapter in zip(kinds, params, strict=True):
+        want = kind.merge(want, tree_map(lambda t: t.double(), adapter["0"]))
+    moments = {"0": x.flatten(0, 1).T @ x.flatten(0, 1)}
+    for rounding in ("nearest", "search", "feedback", "stochastic"):
+        told = {"rounding": rounding, "moments": moments, "generator": g}
+        run = lambda told=told: fa.merged_model(model, params, kinds, undo=True, **told)  # noqa: E731
+        merged, undo = run() if rounding == "stochastic" else assert_pure(run, model, params)
+        new = fa.base_of(merged[0])
+        error = (new.dequantize() - want).abs()
+        # Half a step of e4m3 by nearest, a whole one by chance.
+        step = torch.maximum(want.abs() * 2.0**-3, new.scale * 2.0**-9) * (1 + 1e-5)
+        if rounding in ("nearest", "stochastic"):
+            assert bool((error <= step / (2 if rounding == "nearest" else 1)).all())
+        with torch.no_grad():
+            close(new.linear(x), merged[0](x))
+        back = fa.base_of(fa.unmerged_model(merged, params, kinds, undo=undo)[0])
+        assert torch.equal(back.weight.view(torch.int8), old.weight.view(torch.int8))
+        assert torch.equal(back.scale, old.scale)
+    for to in ("float32", "int8"):
+        other = fa.merged_model(model, params, kinds, to=to)[0]
+        assert type(other) is nn.Linear
+        off = (fa.base_of(other).dequantize(torch.float32) - want).abs()
+        half = 1e-5 if to == "float32" else fa.base_of(other).scale / 2 * (1 + 1e-4)
+        assert bool((off <= half).all())
 
 
 @pytest.mark.parametrize(("state", "method"), SHORT)

@@ -361,6 +361,22 @@ def test_a_result_that_is_not_finite_is_refused(name):
     assert fa.merge(model, params | {"0": huge}, method, safe=False)
 
 
+def test_what_a_later_layer_lacks_is_told_before_the_first_is_merged():
+    model, method, seen = model_of("int8-row"), METHODS["lora"], []
+    params = adapter_of(model, method)
+    told = {"progress": lambda *a: seen.append(a)}
+    first, last = torch.eye(16), torch.eye(12)
+    for moments in ({"0": first}, {"0": first, "2": first}):
+        for rounding in ("search", "feedback"):
+            with pytest.raises(AdapterError, match=r"'2' needs X\^T X of shape \[12, 12\]"):
+                fa.merge(model, params, method, rounding=rounding, moments=moments, **told)
+    with pytest.raises(AdapterError, match=r"'2' rounds its inputs"):
+        fa.merged_model(model, params, method, to="inc-fp8", amax={"0": 1.0}, **told)
+    assert not seen
+    fa.merge(model, params, method, rounding="feedback", moments={"0": first, "2": last}, **told)
+    assert len(seen) == 2
+
+
 def test_an_overflow_of_float16_is_refused():
     model, method = model_of("dense", dtype=torch.float16), fa.LoRA(rank=2, alpha=2)
     params = adapter_of(model, method)

@@ -50,6 +50,12 @@ def test_it_is_refused_with_the_share_that_would_survive():
         fa.merge(model, params, METHOD)
     with pytest.raises(MergeError, match="AQLM"):
         fa.merged_model(model, params, METHOD)
+    mixed, seen = nn.Sequential(nn.Linear(N, N), model[0]), []  # before the layer ahead of it
+    both = fa.LoRA(rank=4, targets=["0", "1"])
+    pair = {"0": params["0"], "1": params["0"]}
+    with pytest.raises(MergeError, match=r"'1' is AQLM"):
+        fa.merge(mixed, pair, both, progress=lambda *a: seen.append(a))
+    assert not seen
     nothing = {"0": params["0"]._replace(lora_B=torch.zeros(N, 4))}
     state = fa.merge(model, nothing, METHOD)
     assert all(torch.equal(state[f"0.{n}"], p) for n, p in model[0].named_parameters())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,46 @@ def test_refusals_come_before_any_work(folders, tmp_path, monkeypatch):
         merge_folder(model, [adapter], out, to="aqlm-2x8", rounding="search")
     assert not out.exists()
     assert not list(tmp_path.glob(".out*/*.safetensors"))
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(folders, tmp_path, capsys):
+    """A file cannot grow beyond a limit: the kernel refuses the write in the middle of it."""
+    model, adapter = folders
+    merge_folder(model, [adapter], tmp_path / "whole")
+    sizes = {p.name: p.stat().st_size for p in model.glob("*.safetensors")}
+    largest = max(sorted(sizes), key=sizes.get)
+    assert largest != min(sizes)  # something is finished before it
+    command = ["merge", "--model", str(model), "--adapter", str(adapter)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[largest] - 1, hard))
+    try:
+        code = main([*command, "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err
+    assert code == 2
+    assert f"{largest}: File too large. What is finished is kept" in told
+    work = tmp_path / ".out.partial"
+    finished = {p.name for p in work.glob("*.safetensors")}
+    assert finished
+    assert largest not in finished
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_result_that_is_not_finite_leaves_nothing_behind(folders, tmp_path, capsys):
+    model, adapter = folders
+    huge = shutil.copytree(adapter, tmp_path / "huge")
+    tensors = load_file(huge / "adapter_model.safetensors")
+    name = max(n for n in tensors if "lora_B" in n)  # of the last layer: others come before it
+    tensors[name] = torch.full_like(tensors[name], 3e38)
+    save_file(tensors, huge / "adapter_model.safetensors")
+    command = ["merge", "--model", str(model), "--adapter", str(huge)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "NaN or Inf" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["huge"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--unsafe"]) == 0
 
 
 def test_a_killed_run_goes_on_and_ends_on_the_same_bytes(small, tmp_path):
