@@ -3,49 +3,32 @@
 ``vectors [..., r, b (b - 1) / 2]`` are the upper triangles of Q, by rows; a rotation is
 ``R [..., r, b, b]``: with coefficients ``sum_k c_k Q^k``; without, ``(I - Q) (I + Q)^-1``.
 
-Of many adapters, R is small work over much memory. So on a CPU it is built a few blocks at a time,
-which stay in the cache from one operation to the next, and built again in the backward, which saves
-the vectors alone (and R, of the exact form): up to twice as fast. On a GPU one kernel builds R and
-one takes the gradient back (``kernels/oft_gpu.py``); without Triton, and in what a transform of
-``torch.func`` differentiates, the same operations run once over all blocks, and the exact form is
-an inverse made of products, whose derivative is R's own.
+In eager mode a device's own kernels build R and take the gradient back, which saves the vectors
+alone (and R, of the exact form): ``kernels/oft_cpu.py`` and ``oft_gpu.py``. The plain torch here is
+what they must equal, what the compiler sees, and what a transform of ``torch.func`` differentiates.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._function import applied
-from fadapt.bases.op import is_batched
 from fadapt.kernels.eager import oft_kernels, readable, usable
 
 Coefficients = tuple[float, ...] | None
-# Of all of R, from where on; and at a time (measured: 32 to 128 blocks of 32 x 32 are alike).
-_LARGE_BYTES = 2**22
-_CHUNK_BYTES = 2**18
 
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return _plain(vectors, coefficients)
-    level = torch._C._functorch.peek_interpreter_stack()
-    # Unwrapped by vmap, the stack of them comes here again; any other transform wants the
-    # derivative of the plain form.
-    once = level is None or level.key() == torch._C._functorch.TransformType.Vmap
-    if vectors.device.type != "cpu":
-        blockwise = once or coefficients is None
-    elif level is None:
-        blockwise = 2 * vectors.numel() * vectors.element_size() > _LARGE_BYTES
-    else:
-        blockwise = once
-    if blockwise:
-        return _blockwise(vectors, coefficients)  # type: ignore[no-any-return]
-    return _plain(vectors, coefficients)
+    return _by_kernels(vectors, coefficients)  # type: ignore[no-any-return]
 
 
 def size_of(elements: int) -> int:
@@ -155,47 +138,6 @@ def _derivative(X: Tensor, E: Tensor, coefficients: Coefficients) -> Tensor:
     return polynomial(torch.cat([top, bottom], -2), coefficients)[..., :size, size:]
 
 
-def _horner(
-    Q: Tensor, P: Tensor, coefficients: tuple[float, ...], least: int = 0
-) -> dict[int, Tensor]:
-    """``sum_k c_k Q^k`` by Horner in P = Q^2: ``A_j = A_(j+1) P + c_2j + c_(2j+1) Q``, j down to
-    ``least``; A_0 is the sum. Of an even degree, A_top is a number, and left out."""
-    degree = len(coefficients) - 1
-    factors: dict[int, Tensor] = {}
-    for j in range((degree - 1) // 2, least - 1, -1):
-        A = coefficients[2 * j + 1] * Q
-        A.diagonal(dim1=-2, dim2=-1).add_(coefficients[2 * j])
-        if j + 1 in factors:
-            A.baddbmm_(factors[j + 1], P)
-        elif 2 * j + 2 == degree:
-            A.add_(P, alpha=coefficients[-1])
-        factors[j] = A
-    return factors
-
-
-def _pulled_back(Q: Tensor, g: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """The gradient of ``sum_k c_k Q^k`` with respect to a skew-symmetric Q, as :func:`_fold` wants
-    it: but for a symmetric part, which Q's own symmetry has no use for.
-
-    Back through :func:`_horner`. P is symmetric; its gradient G reaches Q as ``-(G Q + Q G)``, and
-    that folds to what ``-(G + G^T) Q`` does: one product for two. In all 4 products for five terms,
-    where autograd takes 6.
-    """
-    E = coefficients[1] * g
-    if len(coefficients) == 2:
-        return E
-    P = Q @ Q
-    factors, moved, of_square = _horner(Q, P, coefficients, least=1), g, None
-    for j in range(1, (len(coefficients) - 1) // 2 + 1):
-        here = factors[j].mT @ moved if j in factors else coefficients[-1] * moved
-        of_square = here if of_square is None else of_square.add_(here)
-        if j in factors:
-            moved = moved @ P
-            E.add_(moved, alpha=coefficients[2 * j + 1])
-    assert of_square is not None
-    return E.baddbmm_(of_square + of_square.mT, Q, alpha=-1)
-
-
 def _fold(G: Tensor) -> Tensor:
     """The gradient with respect to the vectors, from that with respect to Q: skew's adjoint."""
     upper, lower = _triangles(G.shape[-1], G.device)
@@ -203,22 +145,17 @@ def _fold(G: Tensor) -> Tensor:
     return flat.index_select(-1, upper) - flat.index_select(-1, lower)
 
 
-class _Blockwise(Function):
+def _plain_back(vectors: Tensor, g: Tensor, coefficients: Coefficients) -> Tensor:
+    return _fold(_derivative(skew(vectors).mT, g, coefficients))
+
+
+class _ByKernels(Function):
     @staticmethod
     def forward(vectors: Tensor, coefficients: Coefficients) -> Tensor:
-        size = size_of(vectors.shape[-1])
-        if vectors.device.type != "cpu":
-            gpu = _kernels(vectors, coefficients)
-            if gpu is None:
-                return _plain(vectors, coefficients)
-            return gpu.build(vectors, coefficients)  # type: ignore[no-any-return]
-        out = vectors.new_empty(*vectors.shape[:-1], size, size)
-        flat, rows = out.view(-1, size, size), vectors.reshape(-1, vectors.shape[-1])
-        for start, stop in _chunks(flat):
-            Q = skew(rows[start:stop])
-            R = cayley(Q) if coefficients is None else _horner(Q, Q @ Q, coefficients)[0]
-            flat[start:stop] = R
-        return out
+        kernels = _kernels(coefficients, vectors)
+        if kernels is None:
+            return _plain(vectors, coefficients)
+        return kernels.build(vectors, coefficients)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -228,28 +165,7 @@ class _Blockwise(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        vectors, R = ctx.saved_tensors
-        if g.device.type != "cpu" and not torch.is_grad_enabled() and not is_batched(g):
-            gpu = _kernels(vectors, ctx.coefficients)
-            if gpu is not None:
-                return gpu.build_backward(vectors, R, g, ctx.coefficients), None
-        if R is not None and g.device.type != "cpu":
-            half = (R + eye_like(R)).mT
-            return _fold(half @ g @ half / -2), None
-        # A derivative of this derivative is wanted, or many at once by torch.autograd's own vmap.
-        if torch.is_grad_enabled() or is_batched(g) or g.device.type != "cpu":
-            return _fold(_derivative(skew(vectors).mT, g, ctx.coefficients)), None
-        out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-        flat, rows = out.view(-1, out.shape[-1]), vectors.reshape(-1, out.shape[-1])
-        G = g.reshape(-1, *g.shape[-2:])
-        for start, stop in _chunks(G):
-            if R is not None:
-                half = (R.view(G.shape)[start:stop] + eye_like(R)).mT
-                E = half @ G[start:stop] @ half / -2
-            else:
-                E = _pulled_back(skew(rows[start:stop]), G[start:stop], ctx.coefficients)
-            flat[start:stop] = _fold(E)
-        return out, None
+        return _back_by_kernels(*ctx.saved_tensors, g, ctx.coefficients), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
@@ -261,19 +177,70 @@ class _Blockwise(Function):
         return rotation(vectors.movedim(in_dims[0], 0), coefficients), 0
 
 
-_blockwise = applied(_Blockwise)
+class _BackByKernels(Function):
+    """The gradient with respect to the vectors; R is theirs, where the exact form has kept it."""
+
+    @staticmethod
+    def forward(vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Coefficients) -> Tensor:
+        kernels = _kernels(coefficients, vectors, g)
+        if kernels is None:
+            return _plain_back(vectors, g, coefficients)
+        return kernels.build_backward(vectors, R, g, coefficients)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        vectors, _, g, ctx.coefficients = inputs
+        ctx.save_for_backward(vectors, g)
+        ctx.save_for_forward(vectors, g)
+
+    @staticmethod
+    def backward(ctx: Any, G: Tensor) -> Any:  # type: ignore[override]
+        plain = partial(_plain_back, coefficients=ctx.coefficients)
+        by_vectors, by_g = torch.func.vjp(plain, *ctx.saved_tensors)[1](G)
+        return by_vectors, None, by_g, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, _: Any, tg: Tensor | None, *__: Any) -> Tensor:  # type: ignore[override]
+        # By two pullbacks: torch has no jvp inside of forward-mode autograd.
+        plain = partial(_plain_back, coefficients=ctx.coefficients)
+        pulled: Any = torch.func.vjp(plain, *ctx.saved_tensors)
+        value, pull = pulled
+        given = [
+            torch.zeros_like(t) if d is None else d
+            for t, d in zip(ctx.saved_tensors, (tangent, tg), strict=True)
+        ]
+        moved: Tensor = torch.func.vjp(pull, torch.zeros_like(value))[1](tuple(given))[0]
+        return moved
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Any
+    ) -> Any:
+        stacked = [
+            t
+            if t is None
+            else t.expand(info.batch_size, *t.shape)
+            if d is None
+            else t.movedim(d, 0)
+            for t, d in zip((vectors, R, g), in_dims, strict=False)
+        ]
+        return _back_by_kernels(*stacked, coefficients), 0
 
 
-def _kernels(vectors: Tensor, coefficients: Coefficients) -> Any:
-    """The GPU's kernels, where they take these vectors."""
-    if not usable(vectors, vectors) or not readable(vectors) or not vectors.numel():
+_by_kernels = applied(_ByKernels)
+_back_by_kernels = applied(_BackByKernels)
+
+
+def _kernels(coefficients: Coefficients, vectors: Tensor, *others: Tensor) -> Any:
+    """The device's kernels, where they take these vectors."""
+    if not readable(vectors, *others) or not vectors.numel():
+        return None
+    if vectors.device.type == "cpu":
+        from fadapt.kernels import oft_cpu
+
+        return oft_cpu
+    if not usable(vectors, vectors):
         return None
     gpu = oft_kernels()
     fits = vectors.dtype == torch.float32 and size_of(vectors.shape[-1]) <= gpu.MOST
     return gpu if fits and gpu.form_of(coefficients) is not None else None
-
-
-def _chunks(blocks: Tensor) -> list[tuple[int, int]]:
-    count, size, _ = blocks.shape
-    step = max(1, _CHUNK_BYTES // (size * size * blocks.element_size()))
-    return [(start, min(start + step, count)) for start in range(0, count, step)]

@@ -12,19 +12,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
-from fadapt.bases.precision import gemm_dtype, without_autocast
+from fadapt.bases.precision import without_autocast
 from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels import oft_cpu
 from fadapt.kernels.eager import oft_kernels, usable
-from fadapt.rows import Rows, keep_base, rotate_rows
+from fadapt.kernels.oft_ops import turn
+from fadapt.rows import Rows, keep_base
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
 CAYLEY = ("exact", "neumann", "auto")
 FORMS = ("own", "peft")
 # Of cayley="auto": the truncation error up to which a block is left to the series.
 SERIES_TOLERANCE = 1e-3
+# Elements from which on a layer's R is built by itself on a CPU.
+LARGE = 2**16
 
 
 class OFTParams(NamedTuple):
@@ -219,12 +224,16 @@ class OFT:
         for path, leaf in params.items():
             if isinstance(leaf, OFTParams):
                 t = leaf.oft_R
-                groups.setdefault((t.shape[-1], t.dtype, t.device), []).append(path)
+                # A CPU gains nothing by large ones together, and a copy of them costs.
+                alone = t.device.type == "cpu" and _elements(t) >= LARGE
+                key = t.shape[-1], t.dtype, t.device, path if alone else None
+                groups.setdefault(key, []).append(path)
         for paths in groups.values():
+            if len(paths) == 1:
+                prepared[paths[0]] = OFTRotation(self.rotation(params[paths[0]]))
+                continue
             vectors = [self._constrained(params[path].oft_R) for path in paths]
-            together = vectors[0] if len(vectors) == 1 else torch.cat(vectors, -2)
-            built = self._build(together)
-            blocks = built.split([v.shape[-2] for v in vectors], -3) if len(paths) > 1 else (built,)
+            blocks = self._build(torch.cat(vectors, -2)).split([v.shape[-2] for v in vectors], -3)
             prepared |= {p: OFTRotation(block) for p, block in zip(paths, blocks, strict=True)}
         return prepared
 
@@ -268,21 +277,11 @@ class OFT:
         blocks = self.rotation(params)
         if keep is not None:
             blocks = torch.where(keep[:, None, None], blocks, eye_like(blocks))
-        kernels = _kernels(x, blocks)
-        if kernels is not None:
-            return base.linear(kernels.rotate(x, blocks))
-        kind = gemm_dtype(blocks)
-        return base.linear(_rotate(x.to(kind), blocks.to(kind)).to(x.dtype))
+        return base.linear(rotate(x, blocks))
 
     def apply_rows(self, base: Base, params: OFTRotation, rows: Rows, x: Tensor) -> Tensor:
         """:meth:`apply` with leaves ``[K, ...]`` and x ``[n, ..., in]``: a row, its adapter."""
-        blocks = params.rotation
-        kernels = _kernels(x, blocks)
-        if kernels is not None:
-            turned = kernels.rotate(x, rows.pick(blocks))
-        else:
-            kind = gemm_dtype(blocks)
-            turned = rotate_rows(x.to(kind), blocks.to(kind), rows).to(x.dtype)
+        turned = rotate(x, rows.pick(params.rotation))
         return base.linear(keep_base(turned, x, rows))
 
     def merge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
@@ -291,14 +290,14 @@ class OFT:
         Computed and returned in the wider of the two dtypes, float32 at least.
         """
         blocks, weight = self._wide_pair(weight, params)
-        return _rotate(weight, blocks.mT)
+        return rotate(weight, blocks.mT)
 
     def unmerge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
         """``W R^-T``: the inverse of :meth:`merge`, up to rounding, orthogonal or not."""
         blocks, weight = self._wide_pair(weight, params)
         if self.cayley == "exact" and isinstance(params, OFTParams):
-            return _rotate(weight, blocks)
-        return _rotate(weight, torch.linalg.inv(blocks.mT))
+            return rotate(weight, blocks)
+        return rotate(weight, torch.linalg.inv(blocks.mT))
 
     def merge_bias(self, bias: Tensor | None, params: Params) -> Tensor | None:
         """``b``: a rotation of the input leaves it alone."""
@@ -351,21 +350,25 @@ class OFT:
         return torch.where(converges[..., None, None], series, rotation(vectors))
 
 
+def rotate(x: Tensor, blocks: Tensor) -> Tensor:
+    """``x R`` in x's dtype, for x ``[..., in]`` and blocks ``[r, b, b]``, r being ``in / b`` or 1;
+    or blocks ``[k, r, b, b]``, of which each takes a kth of x's rows."""
+    kernels = _kernels(x, blocks)
+    return turn(x, blocks) if kernels is None else kernels.rotate(x, blocks)
+
+
 def _kernels(x: Tensor, blocks: Tensor) -> Any:
-    """The GPU's kernels, where they take these."""
+    """The device's kernels, where they take these."""
+    if x.device.type == "cpu":
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return None
+        # Of one adapter, plain torch is as fast; and it obeys autocast.
+        many = blocks.dim() == 4 or torch._C._are_functorch_transforms_active()
+        return oft_cpu if many and not torch.is_autocast_enabled("cpu") else None
     if not usable(x, blocks):
         return None
-    kernels = oft_kernels()
-    return kernels if kernels.takes(x, blocks) else None
-
-
-def _rotate(x: Tensor, blocks: Tensor) -> Tensor:
-    """``x R`` for x ``[..., in]`` and blocks ``[in / b, b, b]``, or ``[1, b, b]`` for all."""
-    size = blocks.shape[-1]
-    split = x.reshape(-1, x.shape[-1] // size, size)
-    if blocks.shape[0] == 1:
-        return (split @ blocks[0]).reshape(x.shape)
-    return torch.bmm(split.transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
+    gpu = oft_kernels()
+    return gpu if gpu.takes(x, blocks) else None
 
 
 def _project(vectors: Tensor, eps: float) -> Tensor:
@@ -380,6 +383,15 @@ def _project(vectors: Tensor, eps: float) -> Tensor:
 def _block_size(params: Params) -> int:
     (tensor,) = params
     return tensor.shape[-1] if isinstance(params, OFTRotation) else size_of(tensor.shape[-1])
+
+
+def _elements(tensor: Tensor) -> int:
+    """Of all that ``vmap`` maps over."""
+    if torch.compiler.is_compiling():
+        return 0
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.numel()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -189,15 +189,6 @@ def add_low_rank(
     return keep_base(total if whole else total.reshape(y.shape), y, rows)
 
 
-def rotate_rows(x: Tensor, blocks: Tensor, rows: Rows) -> Tensor:
-    """``x_i R_k``, k the adapter of row i, for x ``[n, ..., in]`` and blocks ``[K, r, b, b]``, of
-    which r may be 1."""
-    size = blocks.shape[-1]
-    own = rows.pick(blocks)
-    split = x.reshape(own.shape[0], -1, x.shape[-1] // size, size).transpose(1, 2)
-    return torch.matmul(split, own).transpose(1, 2).reshape(x.shape)
-
-
 def keep_base(adapted: Tensor, plain: Tensor, rows: Rows) -> Tensor:
     """Row i of ``adapted``, or of ``plain`` where row i is the base's: both ``[n, ...]``."""
     if rows.live is None:

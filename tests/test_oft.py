@@ -17,6 +17,7 @@ import fadapt as fa
 import fadapt.cayley
 from fadapt.cayley import polynomial, skew
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels import oft_cpu
 from fadapt.testing import assert_pure
 
 EPS = torch.finfo(torch.float32).eps
@@ -202,8 +203,7 @@ def test_a_few_blocks_at_a_time_is_the_same(coefficients: Any, monkeypatch: pyte
         )
 
     plain = everything(fadapt.cayley._plain)
-    monkeypatch.setattr(fadapt.cayley, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(fadapt.cayley, "_CHUNK_BYTES", 2 * 16 * 8)  # two blocks, and one is left
+    monkeypatch.setattr(oft_cpu, "CHUNK_BYTES", 2 * 16 * 8)  # two blocks, and one is left
     for got, want in zip(everything(fadapt.cayley.rotation), plain, strict=True):
         assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
     assert torch.autograd.gradcheck(
@@ -213,6 +213,72 @@ def test_a_few_blocks_at_a_time_is_the_same(coefficients: Any, monkeypatch: pyte
         check_batched_grad=True,
         check_batched_forward_grad=True,
     )
+
+
+@pytest.mark.parametrize("norm", [0.3, 0.9, 3.0], ids=["4-products", "6-products", "solve"])
+@pytest.mark.parametrize("size", [6, 32, 100])
+def test_the_exact_form_by_products_is_a_rotation_to_the_last_digit(size: int, norm: float):
+    vectors = gaussian((5, size * (size - 1) // 2))
+    largest = torch.linalg.matrix_norm(skew(vectors), 2)
+    # The bound that chooses is at most b^(1/8) times too large for each pair of eigenvalues.
+    vectors = vectors * norm / size**0.125 / largest[:, None]
+    R = fadapt.cayley.rotation(vectors)
+    want = fadapt.cayley.cayley(skew(vectors.double()))
+    # Each element is a sum of b products with rounded factors, of rows of length about 1; a solve
+    # has rounded in each of its b steps as well.
+    digits = 4 if norm < 1 else 16
+    assert (R - want).abs().max() <= digits * EPS
+    assert (R.double() @ R.mT.double() - torch.eye(size)).abs().max() <= digits * EPS
+    assert torch.equal(fadapt.cayley.rotation(0 * vectors), torch.eye(size).expand_as(R))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+def test_a_row_its_rotation_and_every_derivative(shared: bool):
+    x = gaussian((4, 3, 12)).double()
+    R = gaussian((2, 1 if shared else 3, 4, 4), 1).double()
+    several = torch.stack([R, R.flip(0)]), torch.stack([x, 2 * x])
+
+    def plain(x: Tensor, R: Tensor) -> Tensor:
+        parts = zip(x.chunk(R.shape[0]), R, strict=True)
+        each = [
+            torch.einsum("...ri,rij->...rj", a.unflatten(-1, (-1, 4)), b.expand(3, 4, 4))
+            for a, b in parts
+        ]
+        return torch.cat(each).flatten(-2)
+
+    def results(f: Any) -> list[Tensor]:
+        def loss(x: Tensor, R: Tensor) -> Tensor:
+            return f(x, R).square().sum()
+
+        def slope(x: Tensor, R: Tensor) -> Tensor:
+            return sum(t.square().sum() for t in grad(loss, (0, 1))(x, R))
+
+        found = [
+            f(x, R),
+            grad(loss, (0, 1))(x, R),
+            grad(slope, (0, 1))(x, R),
+            torch.func.jvp(f, (x, R), (x.flip(0), R.flip(0))),
+            vmap(f, (None, 0))(x, several[0]),
+            vmap(f, (0, None), 1)(several[1], R),
+            vmap(grad(loss, (0, 1)), (0, 0))(several[1], several[0]),
+            vmap(grad(slope, 1), (None, 1))(x, several[0].movedim(0, 1)),
+            torch.func.hessian(loss, 1)(x, R),
+        ]
+        return torch.utils._pytree.tree_leaves(found)
+
+    for got, want in zip(results(oft_cpu.rotate), results(plain), strict=True):
+        assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
+    assert torch.autograd.gradcheck(
+        oft_cpu.rotate,
+        (x.clone().requires_grad_(), R.clone().requires_grad_()),
+        check_forward_ad=True,
+        check_batched_grad=True,
+    )
+    low = oft_cpu.rotate(x.bfloat16(), R.float())
+    assert low.dtype == torch.bfloat16
+    exact = plain(x.bfloat16().double(), R.float().double())
+    # Rounded once: half an eps of bfloat16, and float32's own rounding.
+    assert ((low - exact).abs() <= torch.finfo(torch.bfloat16).eps * exact.abs() + 16 * EPS).all()
 
 
 # PEFT as the oracle

@@ -1,0 +1,150 @@
+"""``x R`` block by block, and ``x^T g``: two differentiable ops made of a device's two bodies.
+
+Each is the other's derivative, so both have derivatives of any order, under every transform.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from fadapt._function import applied
+from fadapt.bases.precision import gemm_dtype
+from fadapt.kernels.eager import readable
+
+
+def ops(
+    rotated: Callable[[Tensor, Tensor], Tensor],
+    products: Callable[[Tensor, Tensor, int, int], Tensor],
+    both: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None,
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """``rotate(x, R)`` and ``outer(x, g, size, k)``; the bodies take plain tensors.
+
+    Args:
+        rotated: ``x R`` in x's dtype, for x ``[..., in]`` and R ``[r, b, b]``, r being ``in / b``
+            or 1; or R ``[k, r, b, b]``, of which each takes a kth of x's rows.
+        products: ``x^T g`` of x, g ``[..., in]``, block by block: ``[in / b, b, b]``, b the
+            ``size``, in float32 at least; with k > 0, ``[k, in / b, b, b]``, each of a kth of the
+            rows.
+        both: of x, R and g the two gradients, where that is faster; or None.
+    """
+
+    class Rotate(Function):
+        @staticmethod
+        def forward(x: Tensor, R: Tensor) -> Tensor:
+            return rotated(x, R) if readable(x, R) else turn(x, R)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+            x, R = ctx.saved_tensors
+            if both is not None and all(ctx.needs_input_grad) and _unrecorded(x, R, g):
+                found = both(x, R, g)
+                if found is not None:
+                    return found
+            dx = rotate(g, R.mT) if ctx.needs_input_grad[0] else None
+            dR = None
+            if ctx.needs_input_grad[1]:
+                dR = outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0).to(R.dtype)
+                dR = dR if R.shape[-3] > 1 else dR.sum(-3, keepdim=True)
+            return dx, dR
+
+        @staticmethod
+        def jvp(ctx: Any, tx: Tensor | None, tR: Tensor | None) -> Tensor:  # type: ignore[override]
+            x, R = ctx.saved_tensors
+            parts = [rotate(a, b) for a, b in ((tx, R), (x, tR)) if a is not None and b is not None]
+            return sum(parts[1:], parts[0])
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, x: Tensor, R: Tensor) -> Any:
+            each = R.dim() - (in_dims[1] is not None) == 4
+            if in_dims[1] is None:  # one R for all: more rows
+                place = 1 if each else 0
+                return rotate(x.movedim(in_dims[0], place), R), place
+            x, R = _stacked(info, in_dims, x, R)
+            if not each:
+                return rotate(x, R), 0
+            return rotate(x.flatten(0, 1), R.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
+
+    class Outer(Function):
+        @staticmethod
+        def forward(x: Tensor, g: Tensor, size: int, k: int) -> Tensor:
+            if readable(x, g):
+                return products(x, g, size, k)
+            kind = torch.promote_types(x.dtype, torch.float32)
+            a, b = (apart(t.to(kind), size, (k,) if k else ()) for t in (x, g))
+            return a.mT @ b
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x, g, ctx.size, ctx.k = inputs
+            ctx.save_for_backward(x, g)
+            ctx.save_for_forward(x, g)
+
+        @staticmethod
+        def backward(ctx: Any, G: Tensor) -> Any:  # type: ignore[override]
+            x, g = ctx.saved_tensors
+            dx = rotate(g, G.mT) if ctx.needs_input_grad[0] else None
+            dg = rotate(x, G) if ctx.needs_input_grad[1] else None
+            return dx, dg, None, None
+
+        @staticmethod
+        def jvp(ctx: Any, tx: Tensor | None, tg: Tensor | None, *_: Any) -> Tensor:  # type: ignore[override]
+            x, g = ctx.saved_tensors
+            pairs = ((tx, g), (x, tg))
+            parts = [
+                outer(a, b, ctx.size, ctx.k) for a, b in pairs if a is not None and b is not None
+            ]
+            return sum(parts[1:], parts[0])
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, size: int, k: int) -> Any:
+            x, g = _stacked(info, in_dims, x, g)
+            if k == 0:
+                return outer(x, g, size, info.batch_size), 0
+            out = outer(x.flatten(0, 1), g.flatten(0, 1), size, info.batch_size * k)
+            return out.unflatten(0, (info.batch_size, k)), 0
+
+    rotate: Callable[..., Tensor] = applied(Rotate)
+    outer: Callable[..., Tensor] = applied(Outer)
+    return rotate, outer
+
+
+def turn(x: Tensor, R: Tensor) -> Tensor:
+    """``x R`` in x's dtype, in plain torch: what ``rotated`` must equal."""
+    kind = gemm_dtype(R)
+    size, (wide, R) = R.shape[-1], (t.to(kind) for t in (x, R))
+    if R.shape[:-2] == (1,):
+        turned: Tensor = wide.unflatten(-1, (-1, size)) @ R[0]
+        return turned.reshape(x.shape).to(x.dtype)
+    turned = apart(wide, size, R.shape[:-3]) @ R
+    return turned.transpose(-2, -3).reshape(x.shape).to(x.dtype)
+
+
+def apart(x: Tensor, size: int, lead: Sequence[int]) -> Tensor:
+    """``[..., in]`` as ``[r, t, b]``; or as ``[k, r, t, b]``, the ``lead`` being ``[k]``."""
+    return x.reshape(*lead, -1, x.shape[-1] // size, size).transpose(-2, -3)
+
+
+def _unrecorded(*tensors: Tensor) -> bool:
+    """Whether nothing differentiates or maps over what is done with these."""
+    return (
+        not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and readable(*tensors)
+    )
+
+
+def _stacked(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+    """With the mapped axis first."""
+    return [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, in_dims, strict=False)
+    ]
