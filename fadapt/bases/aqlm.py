@@ -175,11 +175,12 @@ def _multiply(x: Tensor, static: None, codes: Tensor, codebooks: Tensor, scales:
 
         if aqlm_gpu.usable(x, codes, codebooks):
             return aqlm_gpu.multiply(x, codes, codebooks, scales)
-    y = _fast(x, codes, codebooks, transposed=False)
+    y = _fast(x, codes, codebooks, scales, transposed=False)
     if y is None:
         rows = x.to(gemm_dtype(x))
         y = rows @ decode(codes, codebooks.to(rows.dtype)).mT
-    return (y * _each_row(scales.to(y.dtype), codebooks.shape[2])).to(x.dtype)
+        y = y * _each_row(scales.to(y.dtype), codebooks.shape[2])
+    return y.to(x.dtype)
 
 
 def _transposed(
@@ -190,17 +191,19 @@ def _transposed(
 
         if aqlm_gpu.usable(g, codes, codebooks):
             return aqlm_gpu.multiply_transposed(g, codes, codebooks, scales)
-    rows = g.to(gemm_dtype(g))
-    rows = rows * _each_row(scales.to(rows.dtype), codebooks.shape[2])
-    y = _fast(rows, codes, codebooks, transposed=True)
+    y = _fast(g, codes, codebooks, scales, transposed=True)
     if y is None:
+        rows = g.to(gemm_dtype(g))
+        rows = rows * _each_row(scales.to(rows.dtype), codebooks.shape[2])
         y = rows @ decode(codes, codebooks.to(rows.dtype))
     return y.to(g.dtype)
 
 
-def _fast(x: Tensor, codes: Tensor, codebooks: Tensor, transposed: bool) -> Tensor | None:
+def _fast(
+    x: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor, transposed: bool
+) -> Tensor | None:
     """The product by the loops for CPUs, in float32; None where they do not apply."""
-    if x.device.type != "cpu" or x.dtype == torch.float64:
+    if not x.is_cpu or x.dtype == torch.float64:
         return None
     if torch.compiler.is_compiling() or is_batched(x) or is_in_torch_dispatch_mode():
         return None  # make_fx would keep what a loop returns as a constant
@@ -210,7 +213,8 @@ def _fast(x: Tensor, codes: Tensor, codebooks: Tensor, transposed: bool) -> Tens
     if not aqlm_cpu.usable(rows, codes):
         return None
     product = aqlm_cpu.multiply_transposed if transposed else aqlm_cpu.multiply
-    return product(rows, codes, codebooks.detach().float()).view(*x.shape[:-1], -1)
+    y = product(rows, codes, codebooks.detach().float(), scales.detach().float().reshape(-1))
+    return y.view(*x.shape[:-1], -1)
 
 
 _op = FrozenLinear(_multiply, _transposed)
