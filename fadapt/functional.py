@@ -160,6 +160,12 @@ class Forward:
         return {name: t.to(self._dtypes[join(path, name)]) for name, t in leaf.items()}
 
     def _check(self, params: Adapter) -> None:
+        if not isinstance(params, Mapping):
+            raise AdapterError(
+                f"expected an adapter, {{path: parameters}}, got a {type(params).__name__}. A "
+                "forward takes the adapter first, then the model's inputs: forward(params, x); "
+                "forward(None, x) is the base alone."
+            )
         form = form_of(params)
         if form is not None and form == self._fits:
             return
@@ -173,6 +179,11 @@ class Forward:
                 "with the method that the adapter was made with."
             )
         for path, layer in self.layers.items():
+            odd = [type(part) for part in _parts(params[path]) if not isinstance(part, Tensor)]
+            if odd:
+                raise AdapterError(
+                    f"layer {path!r}: parameters are tensors, and one is a {odd[0].__name__}."
+                )
             layer.method.check(layer.base, params[path], path)
         for path, names in self.saved.items():
             if set(params[path]) != set(names):
@@ -220,6 +231,14 @@ class Forward:
                     "draw seeds outside, fadapt.dropout_seeds(generator, K), and map over them."
                 )
             dropout = torch.randint(0, 2**31, (), generator=dropout, device=dropout.device)
+        if not isinstance(dropout, Tensor) or dropout.dim() or dropout.dtype != torch.int64:
+            tensor = isinstance(dropout, Tensor)
+            got = f"{dropout.dtype} {list(dropout.shape)}" if tensor else repr(dropout)
+            raise AdapterError(
+                f"dropout: expected one seed, torch.int64 [], a generator or masks by path; got "
+                f"{got}. fadapt.dropout_seeds(generator) draws a seed, and of K of them each call "
+                "takes one: torch.func.vmap(forward, ...)."
+            )
         return {join(path, "dropout_seed"): dropout for path in dropped}
 
 

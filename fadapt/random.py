@@ -1,5 +1,7 @@
 """Random numbers as functions of their arguments: no global state is read or written."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def keep_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
         shape: of the result; at most 2**32 elements.
         p: the probability of False, in [0, 1).
     """
-    index = torch.arange(shape.numel(), device=seed.device).reshape(shape)
+    # Not shape.numel(), which would fix the size of an exported batch.
+    index = torch.arange(math.prod(shape), device=seed.device).reshape(shape)
     bits = _mix(index ^ _mix(seed & _WORD))
     return bits >= int(p * 2**32)
 

@@ -448,6 +448,14 @@ def test_a_buffer_of_two_names_is_given_back():
         ),
         (lambda p: p | {"0": p["0"]._replace(lora_B=p["0"].lora_B[:, :1])}, r"lora_B \[6, 1\]"),
         (lambda p: p | {"0": p["0"]._replace(lora_B=p["0"].lora_B.T)}, r"lora_B \[2, 6\]"),
+        (
+            lambda p: p | {"0": p["0"]._replace(lora_B=1.0)},
+            "layer '0'.*tensors, and one is a float",
+        ),
+        (
+            lambda p: torch.ones(2, 4),
+            "got a Tensor.*takes the adapter first.*forward\\(params, x\\)",
+        ),
     ],
 )
 def test_adapters_that_do_not_fit(change, message):

@@ -142,6 +142,22 @@ def test_derivatives_checkpoint_and_compile_see_one_mask():
     close(compiled(params, seed), forward(params, x, dropout=seed))
 
 
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_mask_is_as_large_as_its_batch(strict):
+    model, method, params, x = case()
+    forward, seed = fa.bind(model, method), fa.dropout_seeds(seeded(3))
+
+    class Adapted(nn.Module):
+        def forward(self, x, seed):
+            return forward(params, x, dropout=seed)
+
+    sizes = {"x": {0: torch.export.Dim("batch", min=2)}, "seed": {}}
+    program = torch.export.export(Adapted(), (x, seed), dynamic_shapes=sizes, strict=strict)
+    more = torch.cat([x, 2 * x])
+    close(program.module()(more, seed), forward(params, more, dropout=seed))
+
+
 @given(
     p=st.sampled_from([0.0, 0.05, 0.1, 0.5, 0.9, 0.99]),
     seed=st.integers(0, 2**31 - 1),
@@ -194,6 +210,9 @@ def test_it_keeps_the_mean():
             AdapterError,
             r"got torch.float32 \[5, 8\]",
         ),
+        (3, AdapterError, r"expected one seed, torch.int64 \[\].*got 3\. "),
+        (torch.tensor(3.0), AdapterError, r"got torch.float32 \[\]\. "),
+        (torch.tensor([3, 4]), AdapterError, r"got torch.int64 \[2\]\. .*each call takes one"),
     ],
 )
 def test_masks_that_do_not_fit(dropout, kind, message):

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from transforms import TRANSFORMS, error, loss
 
 import fadapt as fa
+from fadapt.errors import AdapterError
 from fadapt.testing import assert_pure
 
 TABLE = [pytest.param(b, m, id=f"{b.name}-{m.name}") for b in BASES for m in METHODS]
@@ -82,6 +83,15 @@ def test_law_2_without_an_adapter_it_is_the_model_itself(row: BaseRow):
             assert torch.equal(got, want)
         else:
             assert error(got, want) <= row.bound
+
+
+@pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)
+def test_an_input_of_integers_is_refused(row: BaseRow):
+    base = fa.base_of(row.layer(N_IN, N_HIDDEN).to(DEVICE))
+    x = torch.ones(2, N_IN, dtype=torch.int64, device=DEVICE)
+    # A dense layer on a GPU makes torch's own call, which refuses too.
+    with pytest.raises(AdapterError if DEVICE == "cpu" else (AdapterError, RuntimeError)):
+        base.linear(x)
 
 
 @pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)

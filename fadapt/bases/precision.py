@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fadapt.errors import AdapterError
+
 
 def _cpu_gemm_dtypes() -> frozenset[torch.dtype]:
     found = {torch.float32, torch.float64}
@@ -31,7 +33,16 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype that autocast would give a linear layer; x itself outside autocast."""
+    """x in the dtype that autocast would give a linear layer; x itself outside autocast.
+
+    Raises:
+        AdapterError: x is not floating: the product would be cut to integers.
+    """
+    if not x.is_floating_point():
+        raise AdapterError(
+            f"a linear layer was given an input {list(x.shape)} of {x.dtype}, and takes floating "
+            "ones: x.to(the model's dtype) before it."
+        )
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
