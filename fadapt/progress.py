@@ -9,7 +9,7 @@ Tell = Callable[..., None]
 
 @contextmanager
 def progress_bar(console: Any = None) -> Iterator[Tell]:
-    """A bar on the terminal while the block runs; needs ``rich``.
+    """A bar on the terminal while the block runs, and nothing elsewhere; needs ``rich``.
 
     Args:
         console: a ``rich.console.Console``; None for rich's own.
@@ -21,13 +21,19 @@ def progress_bar(console: Any = None) -> Iterator[Tell]:
     Example:
         ``with progress_bar() as bar: fadapt.merge(..., aqlm=fadapt.Recode(progress=bar))``
     """
+    from rich import get_console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    # What is printed goes above the bar; but not, where the bar is on stderr, to stderr too.
-    above = console is None or not console.stderr
+    console = get_console() if console is None else console
     with Progress(
-        *columns, TimeElapsedColumn(), transient=True, console=console, redirect_stdout=above
+        *columns,
+        TimeElapsedColumn(),
+        transient=True,
+        console=console,
+        # What is printed goes above the bar; but not, where the bar is on stderr, to stderr too.
+        redirect_stdout=not console.stderr,
+        disable=not (console.is_terminal or console.is_jupyter),
     ) as bar:
         task = bar.add_task("", total=None)
 
