@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fadapt.attributes import Attributes
 from fadapt.errors import AdapterError
 
 
@@ -26,11 +27,12 @@ class Lender:
         self.shell = shell
         self.running: list[Mapping[str, Any]] = []
         self._places: dict[str, tuple[dict[str, Any], str]] = {}
+        self._attributes: Attributes | None = None
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         # No copy can be made of the one, and the others are parts of this one's shell.
-        return vars(self) | {"_lock": None, "_places": {}}
+        return vars(self) | {"_lock": None, "_places": {}, "_attributes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"_lock": threading.RLock()})
@@ -44,7 +46,8 @@ class Lender:
     ) -> Any:
         """``function(*args, **kwargs)``, which runs the shell or a part of it.
 
-        Whatever happens, the shell is afterwards as it was.
+        Whatever happens, the shell is afterwards as it was: what its modules' forwards set, such as
+        the longest sequence seen, is forgotten too. (Not where torch.compile traces.)
 
         Args:
             function: the shell itself, where torch.compile or torch.export traces.
@@ -60,6 +63,9 @@ class Lender:
                 "this forward is running in another thread, and its shell holds that call's "
                 "adapter. Bind a forward for each thread: they share the model's tensors."
             )
+        if self._attributes is None:
+            self._attributes = Attributes(self.shell)
+        before = self._attributes.now()
         lent: list[tuple[dict[str, Any], str, Any]] = []
         self.running.append(tensors)
         try:
@@ -72,6 +78,7 @@ class Lender:
             # Backwards: a tensor of two names was lent to one place twice.
             for where, key, own in reversed(lent):
                 where[key] = own
+            self._attributes.restore(before)
             self.running.pop()
             self._lock.release()
 

@@ -182,6 +182,56 @@ def test_tensors_that_are_plain_attributes_are_written_in_copies(tmp_path):
     ft.assert_pure(lambda: grad(lambda p: forward(p, x).sum())(params), model, forward)
 
 
+class Remembers(nn.Module):
+    """Keeps what it first saw, and how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.first, self.calls = nn.Linear(4, 4), None, 0
+        self.fresh = True
+
+    def forward(self, x):
+        if self.first is None:
+            self.first = x
+        if hasattr(self, "fresh"):
+            del self.fresh
+            self.calls += 10
+        self.calls += 1
+        self.scale = getattr(self, "scale", 1.0) * 2
+        self.inner.register_forward_hook(lambda module, args, y: 2 * y)
+        return self.inner(x) * self.scale + self.first.sum() + self.calls
+
+
+def test_what_a_forward_sets_is_forgotten():
+    model = filled(nn.Sequential(Remembers(), nn.Linear(4, 4))).eval()
+    method = fa.LoRA(rank=2)
+    params, g = adapter(model, method), seeded()
+    forward, x = fa.bind(model, method), torch.randn(3, 4, dtype=F64, generator=g)
+    bank, mixed = fa.stack([params, params]), fa.bind_mixed(model, method)
+    for x in torch.randn(2, 3, 4, dtype=F64, generator=g):
+        want = merged(model, method, params)(x)
+        close(ft.assert_pure(lambda x=x: forward(params, x), model, forward), want)
+        close(vmap(forward, (0, None))(bank, x)[1], want)
+        close(ft.assert_pure(lambda x=x: mixed(bank, [0, 1, 0], x), model, mixed), want)
+
+
+def test_rotary_embeddings_that_grow_do_so_in_every_call():
+    # transformers' "dynamic" ones note the longest sequence so far beside the buffer that it needs.
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=16, max_position_embeddings=8, initializer_range=0.5,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).eval()
+    forward = fa.bind(model, fa.LoRA(rank=2, targets=["q_proj"]))
+    for length in (4, 16, 16, 4, 16):
+        ids = torch.arange(length)[None] % 16
+        want = copy.deepcopy(model)(ids).logits
+        assert torch.equal(forward(None, ids).logits, want)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
