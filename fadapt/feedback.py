@@ -64,7 +64,8 @@ class Factor:
         device: torch.device,
         path: str,
     ):
-        self._size = n = len(moment)
+        moment, self._size = moment.detach(), len(moment)
+        n = self._size
         self._kept: dict[int, Tensor] = {}
         self._at: dict[int, int] = {}  # where a panel starts in the file
         self._file = file
@@ -162,8 +163,8 @@ def feedback(grid: Grid, weight: Tensor, factor: Factor, codes: Tensor) -> None:
             wanted.addmm_(factor.read(start, rows).T, weight[:, rows].T)
         square = factor.read(start, slice(start, stop))
         found = torch.empty(own.shape, dtype=grid.kind, device=own.device)
-        for j, column in enumerate(own):
-            shifted = torch.addmv(wanted[j], own[:j].T, square[:j, j])
+        for j, (column, shifted, factors) in enumerate(zip(own, wanted, square.T, strict=True)):
+            shifted.addmv_(own[:j].T, factors[:j])
             one = grid.columns(slice(start + j, start + j + 1), n_in)
             code = one.nearest(shifted[:, None])
             found[j] = code[:, 0]

@@ -116,7 +116,7 @@ def _feed_back(
     """Write the codes that feedback finds on ``grid``."""
     kind = torch.promote_types(adapted.dtype, torch.float32)
     # It walks over the columns of each block: larger blocks, fewer walks.
-    blocks = list(row_blocks(adapted, 2**22))
+    blocks = list(row_blocks(adapted, 3 * 2**20))
     held = torch.empty(
         blocks[0].stop, adapted.in_features, dtype=kind, device=adapted.device
     )  # one for all of them: a new one would be made while the old is there

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from fadapt.adapted import Adapted, Step
 from fadapt.bases import Base
@@ -73,13 +73,17 @@ def plan(model: nn.Module, params: Any, method: Any, safe: bool = True) -> Plan:
     Raises:
         AdapterError: paths, shapes or dtypes do not fit; with ``safe``, NaN or Inf.
         ConfigError: as many methods as adapters are needed.
+        MergeError: inside a transform.
     """
     pairs = list(_pairs(params, method))
     bases: dict[str, Base] = {}
     steps: dict[str, tuple[Step, ...]] = {}
     saved: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}
-    for adapter, one in pairs:
+    for given, one in pairs:
+        if not isinstance(given, Mapping):
+            raise AdapterError(f"expected an adapter {{path: ...}}, got a {type(given).__name__}.")
+        adapter = {path: tree_map(_constant, leaf) for path, leaf in given.items()}
         forward = bind(model, one)
         forward._check(adapter)
         if safe:
@@ -146,6 +150,19 @@ def _pairs(params: Any, method: Any) -> Iterator[tuple[Mapping[str, Any], Any]]:
     if len(methods) != len(params) or not params:
         raise ConfigError(f"{len(params)} adapters were given, and {len(methods)} methods.")
     yield from zip(params, methods, strict=True)
+
+
+def _constant(value: Any) -> Any:
+    """A leaf without its history: with it, every block of W would be kept for a derivative."""
+    if not isinstance(value, Tensor):
+        return value
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise MergeError(
+            "merging rounds, and is not differentiated or mapped over (torch.func.grad, vmap, jvp, "
+            "...): call the forward that fadapt.bind returns in there, and merge outside, one "
+            "adapter of a stack at a time (fadapt.unstack)."
+        )
+    return value.detach()
 
 
 def _check_finite(adapter: Mapping[str, Any]) -> None:

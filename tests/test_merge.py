@@ -361,6 +361,35 @@ def test_a_result_that_is_not_finite_is_refused(name):
     assert fa.merge(model, params | {"0": huge}, method, safe=False)
 
 
+@pytest.mark.parametrize("name", ["dense", "int8-row", "int8-tensor"])
+def test_an_adapter_fresh_from_training_is_merged_as_a_constant(name):
+    """Its leaves want gradients: no merged tensor does, nor is W kept for one."""
+    model, moments = model_of(name), {"0": torch.eye(16), "2": torch.eye(12)}
+    for kind, method in METHODS.items():
+        params = adapter_of(model, method)
+        leaves = tree_map(lambda t: t.clone().requires_grad_(), params)
+        roundings = ["nearest", "search", *["feedback"] * (kind == "lora")]
+        for rounding in roundings:
+            told = {"rounding": rounding, "moments": moments}
+            state, undo = fa.merge(model, leaves, method, undo=True, **told)
+            want = fa.merge(model, params, method, **told)
+            assert all(same_bytes(state[n], want[n]) for n in want)
+            held = [*state.values(), *tree_leaves(undo)]
+            held += [scales(t) for t in state.values() if hasattr(t, "__tensor_flatten__")]
+            assert not any(t.requires_grad for t in held)
+        merged, undo = fa.merged_model(model, leaves, method, undo=True)
+        back = fa.unmerge(merged, leaves, method, undo=undo)
+        assert all(same_bytes(back[n], p) for n, p in model.named_parameters() if n in back)
+        x = torch.ones(2, 16)
+        for transform in (
+            lambda f: torch.func.grad(lambda p: f(p).sum())(params),
+            lambda f: torch.func.vmap(f)(fa.stack([params, params])),
+            lambda f: torch.func.jvp(f, (params,), (params,)),
+        ):
+            with pytest.raises(MergeError, match="not differentiated or mapped"):
+                transform(lambda p: functional_call(model, fa.merge(model, p, method), (x,)))
+
+
 def test_what_a_later_layer_lacks_is_told_before_the_first_is_merged():
     model, method, seen = model_of("int8-row"), METHODS["lora"], []
     params = adapter_of(model, method)
@@ -396,6 +425,8 @@ def test_paths_shapes_and_stacks_that_do_not_fit_are_refused():
         fa.merge(model, params | {"9": params["0"]}, method)
     with pytest.raises(AdapterError, match=r"'0'.*lora_A"):
         fa.merge(model, params | {"0": params["2"]}, method)
+    with pytest.raises(AdapterError, match=r"an adapter \{path: ...\}, got a Tensor"):
+        fa.merge(model, [torch.ones(1)], method)
     with pytest.raises(AdapterError, match="stack"):
         fa.merge(model, fa.stack([params, params]), method)
     with pytest.raises(AdapterError, match="OFTParams"):
