@@ -156,7 +156,9 @@ def _identity(model: Path, adapters: Sequence[Path]) -> dict[str, Any]:
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
             if path.is_file():
-                digest.update(path.name.encode() + path.read_bytes())
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                digest.update(path.name.encode() + content)
         digests.append(digest.hexdigest())
     files = sorted(p for p in model.iterdir() if p.is_file())
     stats = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in files]  # bytes are too many

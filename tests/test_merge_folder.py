@@ -108,6 +108,25 @@ def test_the_folder_is_what_merge_gives_and_two_adapters_are_rounded_once(folder
     assert all(torch.equal(new[name], tensor) for name, tensor in state.items())
 
 
+def test_methods_in_order_are_what_merge_gives(small, tmp_path):
+    model, _ = small
+    base = load(model)
+    kinds = [
+        fa.DoRA(rank=2, targets=["q_proj", "down_proj"]),
+        fa.OFT(block_size=4, targets=["q_proj", "up_proj"]),
+        fa.LoRA(rank=2, rslora=True, targets="all-linear", exclude=["lm_head"]),
+    ]
+    for k, kind in enumerate(kinds):
+        g = torch.Generator().manual_seed(k)
+        fa.save_peft(tmp_path / f"{k}", randomized(fa.init(kind, base, generator=g), k), kind)
+    adapters = [tmp_path / f"{k}" for k in range(len(kinds))]
+    merge_folder(model, adapters, tmp_path / "out")
+    params, methods = zip(*(fa.load_peft(a, base) for a in adapters), strict=True)
+    state, new = fa.merge(base, list(params), list(methods)), loaded(tmp_path / "out")
+    assert len(state) == 14
+    assert all(torch.equal(new[name], tensor) for name, tensor in state.items())
+
+
 def test_a_stopped_run_goes_on_and_ends_on_the_same_bytes(folders, tmp_path):
     model, adapter = folders
     merge_folder(model, [adapter], tmp_path / "whole", rounding="stochastic", seed=3)
