@@ -3,6 +3,7 @@
 What these tests hold fadapt to is INC's own forward over the ops of :mod:`inc_gaudi`.
 """
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_map
 
 import fadapt as fa
-from fadapt.bases import fp8
+from fadapt.bases import fp8, inc_fp8
 from fadapt.bases.inc_fp8 import IncFp8
 from fadapt.testing import assert_pure
 
@@ -269,6 +270,20 @@ def test_lora_over_it_is_lora_over_incs_forward(device, gemm, state, method):
     A, B = params["0"]
     with torch.no_grad():
         close(forward(params, x), layer(x) + (x @ A.mT @ B.mT) * 4)
+
+
+def test_habanas_bridge_is_imported_for_its_own_device_alone(tmp_path, monkeypatch):
+    """A module of its name, as no Gaudi is at hand; it registers the GEMM when it is imported."""
+    (tmp_path / "habana_frameworks").mkdir()
+    (tmp_path / "habana_frameworks" / "torch.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "habana_frameworks.torch"
+    inc_fp8._load_gaudi(torch.device("cpu"))
+    assert name not in sys.modules
+    inc_fp8._load_gaudi(torch.device("hpu"))
+    assert sys.modules[name].__file__ == str(tmp_path / "habana_frameworks" / "torch.py")
+    for found in (name, "habana_frameworks"):
+        monkeypatch.delitem(sys.modules, found)
 
 
 def test_dynamic_scales_by_incs_op_or_without_it(device, monkeypatch):
