@@ -152,3 +152,15 @@ def test_law_7_applying_is_multiplying_by_the_merged_weight(kind: MethodRow):
     x = torch.randn(3, N_IN, generator=torch.Generator().manual_seed(1)).to(DEVICE, F64)
     want = x @ method.merge(base.dequantize(), p).mT + method.merge_bias(base.bias, p)
     assert error(method.apply(base, p, x), want) <= 16 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("row", BASES, ids=lambda row: row.name)
+def test_inputs_and_gradients_of_any_strides(row):
+    base, g = fa.base_of(row.layer(N_IN, N_HIDDEN)), torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2 * N_IN, generator=g).to(DEVICE, row.dtype)[:, :N_IN]
+    back = torch.randn(N_HIDDEN, 3, generator=g).to(DEVICE, row.dtype).mT
+    y, pull = torch.func.vjp(base.linear, x)
+    want, straight = torch.func.vjp(base.linear, x.contiguous())
+    eps = 4 * eps_of(row)  # a product of another layout may sum in another order
+    assert error(y, want) <= eps
+    assert error(pull(back), straight(back.contiguous())) <= eps

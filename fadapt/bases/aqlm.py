@@ -209,7 +209,7 @@ def _fast(
         return None  # make_fx would keep what a loop returns as a constant
     from fadapt.kernels import aqlm_cpu
 
-    rows = x.detach().float().reshape(-1, x.shape[-1])
+    rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous()  # a slice of another
     if not aqlm_cpu.usable(rows, codes):
         return None
     product = aqlm_cpu.multiply_transposed if transposed else aqlm_cpu.multiply
