@@ -181,21 +181,24 @@ def test_on_a_cpu_that_only_emulates_the_dtype(monkeypatch, kind, dtype):
     assert (dx - want).abs().max() <= eps * want.abs().max()
 
 
-@pytest.mark.parametrize("rows", [5, 80])
-def test_large_weights_multiply_by_blocks(rows):
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(5, torch.float32), (80, torch.float32), (80, torch.bfloat16)]
+)
+def test_large_weights_multiply_by_blocks(rows, dtype):
     # More bytes than a block holds, for few rows and for many; the last block is a short one.
     n_in, n_out = (1024, 1100) if rows < 64 else (2048, 4200)
     base = fa.base_of(quantized("per_row", n_in, n_out))
-    x = normal(rows, n_in).requires_grad_()
+    x = normal(rows, n_in).to(dtype).requires_grad_()
     y = base.linear(x)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     weight = base.qdata.float() * base.scale
-    want = x @ weight.mT + base.bias
+    want = x.float() @ weight.mT + base.bias
     # float32 sums in another order: their error grows as the root of their length, 2**5 to 2**6.
-    eps = torch.finfo(torch.float32).eps
-    assert (y - want).abs().max() <= 2**6 * eps * want.abs().max()
-    want = (2 * y) @ weight
-    assert (dx - want).abs().max() <= 2**6 * eps * want.abs().max()
+    # bfloat16 rounds the product, the scale, the bias' sum and the gradient that comes in.
+    tolerance = torch.finfo(dtype).eps * (2**6 if dtype == torch.float32 else 4)
+    assert (y - want).abs().max() <= tolerance * want.abs().max()
+    want = (2 * y.float()) @ weight
+    assert (dx - want).abs().max() <= tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

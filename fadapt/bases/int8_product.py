@@ -92,27 +92,37 @@ def _product(x: Tensor, qdata: Tensor, dim: int) -> Tensor:
     """``x @ qdata.T`` (dim 0) or ``x @ qdata`` (dim 1), qdata cast to x's dtype.
 
     On a CPU in eager mode a large W is cast a block at a time, into one buffer: no large buffer is
-    allocated, faulted in and given back at every call. Of few rows, the product is short, and so is
-    the block, to stay in the cache between cast and product; of many, short blocks cost more than
-    they save (both measured on 1024 x 1024 and 2048 x 2048, in float32 and bfloat16).
+    allocated, faulted in and given back at every call, and a short block is still in the cache when
+    the product reads it.
     """
     whole = qdata.device.type != "cpu" or torch.compiler.is_compiling() or is_batched(x)
     if not whole:
         rows = x.reshape(-1, x.shape[-1])
-        limit = 2**20 if rows.shape[0] < 64 else 2**24
-        whole = qdata.numel() * x.element_size() <= 2 * limit
+        size = qdata.numel() * x.element_size()
+        # Of few rows the product is short, and so is the block; of many, and in 16 bits, whose
+        # product lays W out anew, short blocks cost more than they save (measured on 1024 x 1024 to
+        # 4096 x 4096).
+        limit = 2**24
+        if x.element_size() > 2:
+            limit = 2**20 if len(rows) < 32 else 2**24 if dim == 0 else 2**22
+        whole = size <= max(limit, 2**21)
     if whole:
         weight = scaled(qdata, None, None, x.dtype)
         return x @ (weight.mT if dim == 0 else weight)
-    blocks = qdata.split(max(32, limit // (qdata.shape[1 - dim] * rows.element_size())), dim)
+    # Cut between inputs, a sum of products would be rounded once a block.
+    cut = 1 if dim == 1 and x.element_size() == 2 else 0
+    blocks = qdata.split(max(32, limit // (qdata.shape[1 - cut] * x.element_size())), cut)
     buffer = torch.empty_like(blocks[0], dtype=rows.dtype, memory_format=torch.contiguous_format)
     product = rows.new_empty(rows.shape[0], qdata.shape[dim])
     start = 0
     for block in blocks:
-        size = block.shape[dim]
-        cast = buffer.narrow(dim, 0, size).copy_(block)
-        part = product.narrow(1, start, size)
-        torch.mm(rows, cast.mT if dim == 0 else cast, out=part)
+        size = block.shape[cut]
+        cast = buffer.narrow(cut, 0, size).copy_(block)
+        if dim == cut:
+            part = product.narrow(1, start, size)
+            torch.mm(rows, cast.mT if dim == 0 else cast, out=part)
+        else:
+            product.addmm_(rows.narrow(1, start, size), cast, beta=min(start, 1))
         start += size
     return product.reshape(*x.shape[:-1], qdata.shape[dim])
 
