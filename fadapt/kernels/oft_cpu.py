@@ -6,7 +6,7 @@ The plain torch that they must equal is that of ``cayley.py`` and of ``oft_ops.p
 The exact form is ``R = I + 2 (Q^2 - Q) (I + S)^-1`` with the symmetric ``S = -Q^2``. A product of
 32 x 32 costs a 25th of a solve, and where the eigenvalues of S, none of which is negative, lie
 below a bound, the inverse is a polynomial in S, up to less than float32's rounding: 4 products in
-all below 1/8, 6 below 1. This R is nearer to a rotation than a solve's. What is larger is solved.
+all below 1/8, 5 below 3/8, 6 below 1. This R is nearer to a rotation than a solve's. What is larger is solved.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,8 @@ from fadapt.bases.precision import gemm_dtype
 from fadapt.cayley import Coefficients, cayley, size_of
 from fadapt.kernels.oft_ops import apart, ops
 
+# Of the polynomials: up to which eigenvalue of S, their degree, and the powers of S that they take.
+INVERSES = ((0.125, 4, 2), (0.375, 6, 2), (1.0, 9, 3))
 CHUNK_BYTES = 2**18  # of R, at a time (measured: 32 to 128 blocks of 32 x 32 are alike)
 
 
@@ -86,10 +88,11 @@ def _exact(Q: Tensor, spare: Sequence[Tensor], out: Tensor) -> None:
         torch.bmm(P, P, out=P2)
         # |S|_2 = |S^2|_2^(1/2), and Frobenius's norm is near enough to that of a high power.
         bound = float(torch.linalg.vector_norm(P2.flatten(1), dim=1).amax()) ** 0.5
-    if bound <= 0.125:
-        inverse = _evaluate((P, P2), _inverse(4, 0.125), free)
-    elif bound <= 1:
-        inverse = _evaluate((P, P2, torch.bmm(P2, P, out=P3)), _inverse(9, 1.0), free)
+    for most, degree, step in INVERSES:
+        if bound <= most:
+            powers = (P, P2) if step == 2 else (P, P2, torch.bmm(P2, P, out=P3))
+            inverse = _evaluate(powers, _inverse(degree, most), free)
+            break
     else:  # or NaN
         out.copy_(cayley(Q))
         return
