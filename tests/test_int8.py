@@ -1,6 +1,7 @@
 """Int8: torchao's own numbers, and derivatives that hold where torchao's raise."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.functional import jacobian
 from torch.func import grad, vmap
+from torch.utils._pytree import tree_map
 from torchao.quantization import (
     Int8StaticActivationInt8WeightConfig,
     Int8Tensor,
@@ -179,6 +181,27 @@ def test_on_a_cpu_that_only_emulates_the_dtype(monkeypatch, kind, dtype):
     # The gradient times the scale, and its sum of 16, in float32; the result rounded once.
     assert dx.dtype == dtype
     assert (dx - want).abs().max() <= eps * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["per_row", "per_group", "dynamic"])
+def test_bases_that_are_themselves_mapped_over(kind):
+    """A stack of bases, an axis other than the first: a product for each, in order."""
+    bases = [fa.base_of(quantized(kind, seed=k)) for k in range(3)]
+    stack = tree_map(lambda *t: torch.stack(t, 1), *bases)
+    x, xs = normal(4, 64), normal(3, 4, 64, seed=2)
+    ys = torch.stack([base.linear(x) for base in bases])
+    same = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)  # sums of 64, in float32
+    same(vmap(lambda b: b.linear(x), 1)(stack), ys)
+    same(
+        vmap(lambda b, x: b.linear(x), (1, 0))(stack, xs),
+        torch.stack([base.linear(x) for base, x in zip(bases, xs, strict=True)]),
+    )
+    nested = vmap(vmap(lambda b, x: b.linear(x), (1, None)), (None, 0))(stack, xs)
+    same(nested, torch.stack([torch.stack([base.linear(x) for base in bases]) for x in xs]))
+    grads = vmap(lambda b: grad(lambda x: b.linear(x).square().sum())(x), 1)(stack)
+    same(
+        grads, 2 * torch.stack([y @ multiplied(b).float() for y, b in zip(ys, bases, strict=True)])
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,16 @@ def test_an_input_of_integers_is_refused(row: BaseRow):
 
 
 @pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)
+def test_a_base_is_a_pytree_that_vmap_maps_over(row: BaseRow):
+    base = fa.base_of(row.layer(N_IN, N_HIDDEN).to(DEVICE))
+    numbers = tree_map(lambda t: 0, base)
+    assert tree_leaves(numbers) == [0] * len(tree_leaves(base))
+    x = torch.randn(3, N_IN, generator=torch.Generator().manual_seed(0)).to(DEVICE, row.dtype)
+    ys = vmap(lambda b: b.linear(x))(tree_map(lambda t: torch.stack([t, t]), base))
+    assert error(ys, torch.stack([base.linear(x)] * 2)) <= 2 * eps_of(row)
+
+
+@pytest.mark.parametrize("row", BASES, ids=lambda b: b.name)
 def test_rows_are_the_base_of_some_rows_and_share_its_tensors(row: BaseRow):
     base = fa.base_of(row.layer(N_IN, N_HIDDEN).to(DEVICE))
     for rows in (slice(0, 4), slice(4, 8), slice(None)):
