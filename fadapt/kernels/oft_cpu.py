@@ -6,7 +6,8 @@ The plain torch that they must equal is that of ``cayley.py`` and of ``oft_ops.p
 The exact form is ``R = I + 2 (Q^2 - Q) (I + S)^-1`` with the symmetric ``S = -Q^2``. A product of
 32 x 32 costs a 25th of a solve, and where the eigenvalues of S, none of which is negative, lie
 below a bound, the inverse is a polynomial in S, up to less than float32's rounding: 4 products in
-all below 1/8, 5 below 3/8, 6 below 1. This R is nearer to a rotation than a solve's. What is larger is solved.
+all below 1/8, 5 below 3/8, 6 below 1. This R is nearer to a rotation than a solve's. What is
+larger is solved.
 """
 
 from collections.abc import Iterator, Sequence
