@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fadapt as fa
 from fadapt.bases.aqlm import Aqlm, aqlm_layer
-from fadapt.errors import ConfigError, FrozenBaseError, UnsupportedLayerError
+from fadapt.errors import AdapterError, ConfigError, FrozenBaseError, UnsupportedLayerError
 from fadapt.testing import assert_pure
 
 # (codebooks, bits, in group, out group): those that are published, and odd ones.
@@ -210,3 +210,12 @@ def test_layers_that_are_not_adapted_are_differentiated_through_and_not_written_
     step = [fa.value_and_grad(lambda p, f=f: f(p, x).square().mean(), 0) for f in (forward, plain)]
     got = assert_pure(lambda: step[0](many), model, many)
     torch.testing.assert_close(got, step[1](many))
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize("run", [False, True])
+def test_an_input_of_another_width_is_refused(width, run):
+    layer = quantized((1, 8, 8, 1), 16, 8)
+    base = fa.base_of(used(layer) if run else layer)
+    with pytest.raises(AdapterError, match=rf"16 inputs was given \[2, {width}\]"):
+        base.linear(torch.zeros(2, width))

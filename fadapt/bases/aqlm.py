@@ -17,7 +17,7 @@ from fadapt.bases.aqlm_encode import requantize
 from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import register_base, register_state
-from fadapt.errors import ConfigError
+from fadapt.errors import AdapterError, ConfigError
 
 
 @frozen_pytree
@@ -73,6 +73,10 @@ class Aqlm:
     def linear(self, x: Tensor) -> Tensor:
         """``W x + b``, ``[..., in] -> [..., out]`` in x's dtype, in any floating dtype."""
         x = autocast_input(x)
+        if x.shape[-1] != self.in_features:  # the loops for CPUs index memory by it
+            raise AdapterError(
+                f"an AQLM layer of {self.in_features} inputs was given {list(x.shape)}."
+            )
         y = _op(x, (self.codes, self.codebooks, self.scales), None)
         return y if self.bias is None else (y + self.bias).to(y.dtype)
 
