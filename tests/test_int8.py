@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.functional import jacobian
-from torch.func import grad, vmap
+from torch.func import grad, vjp, vmap
 from torch.utils._pytree import tree_map
 from torchao.quantization import (
     Int8StaticActivationInt8WeightConfig,
@@ -338,3 +338,12 @@ def test_refusals():
     y = replace(base, scale=scale).linear(normal(3, 64).requires_grad_())
     with pytest.raises(fa.errors.FrozenBaseError, match="frozen base"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", DYNAMIC)
+def test_an_empty_batch(kind):
+    base = fa.base_of(quantized(kind))
+    for shape in ((0, 64), (2, 0, 64)):
+        y, pull = vjp(base.linear, torch.zeros(shape))
+        assert y.shape == (*shape[:-1], 16)
+        assert pull(y)[0].shape == shape

@@ -142,9 +142,13 @@ def round_activation(
         zero = torch.zeros_like(scale) if fixed_zero is None else fixed_zero
         zero = zero.reshape(-1)[:1]
     else:
-        over = (-1,) if kind.per_row else tuple(range(x.dim()))
-        low = x.amin(over, keepdim=True).clamp(max=0)
-        high = x.amax(over, keepdim=True).clamp(min=0)
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        if not kind.per_row:
+            # The zero stands in for the largest element of an empty batch.
+            one = [1] * x.dim()
+            low = F.pad(low.reshape(-1), (0, 1)).amin().reshape(one)
+            high = F.pad(high.reshape(-1), (0, 1)).amax().reshape(one)
+        low, high = low.clamp(max=0), high.clamp(min=0)
         span = kind.quant_max - kind.quant_min
         if kind.asymmetric:
             scale = ((high - low) / span).clamp(min=kind.eps)
