@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
@@ -337,7 +338,11 @@ class OFT:
         # of the vector, and what the series leaves out is at most 2 t^terms.
         square = vectors.detach().square().sum(-1)
         converges = square <= (SERIES_TOLERANCE / 2) ** (2 / self.terms)
-        traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        traced = (
+            torch._C._are_functorch_transforms_active()
+            or torch.compiler.is_compiling()
+            or is_in_torch_dispatch_mode()  # make_fx, and so torch.func.linearize
+        )
         if not traced:
             if bool(converges.all()):
                 return rotation(vectors, self._series())
@@ -359,6 +364,8 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
 
 def _kernels(x: Tensor, blocks: Tensor) -> Any:
     """The device's kernels, where they take these."""
+    if forward_ad._current_level >= 0:  # as in cayley.rotation
+        return None
     if x.device.type == "cpu":
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vjp, vmap
+from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 from torch.utils._pytree import tree_map
 
 import fadapt as fa
@@ -569,3 +569,29 @@ def test_a_layer_may_have_another_block_size_than_the_method_says():
     params = {"": fa.OFTParams(gaussian((2, 15)))}
     y = fa.bind(layer, fa.OFT(block_size=32))(params, torch.ones(12))
     assert torch.equal(y, fa.bind(layer, fa.OFT(block_size=6))(params, torch.ones(12)))
+
+
+# Of linearize itself, about the constants of what it traced.
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+@pytest.mark.parametrize("cayley", ["exact", "neumann", "auto"])
+def test_forward_mode_twice(cayley: str):
+    layer = nn.Linear(8, 3).double()
+    forward = fa.bind(layer, fa.OFT(block_size=4, cayley=cayley))
+    g = torch.Generator().manual_seed(0)
+    v, tv = (0.2 * torch.randn(2, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    x, tx = (torch.randn(5, 8, generator=g, dtype=torch.float64) for _ in range(2))
+
+    def f(v: Tensor, x: Tensor) -> Tensor:
+        return forward({"": fa.OFTParams(v)}, x)
+
+    def once(v: Tensor, x: Tensor) -> Tensor:
+        return jvp(f, (v, x), (tv, tx))[1]
+
+    h = 1e-4
+    want = (f(v + h * tv, x + h * tx) - 2 * f(v, x) + f(v - h * tv, x - h * tx)) / h**2
+    # A second difference: rounding over h^2, and h^2 of the fourth derivative.
+    torch.testing.assert_close(jvp(once, (v, x), (tv, tx))[1], want, rtol=0, atol=1e-6)
+    each = vmap(lambda v: jvp(lambda v: once(v, x), (v,), (tv,))[1])(torch.stack([v, -v]))
+    torch.testing.assert_close(each[0], jvp(lambda v: once(v, x), (v,), (tv,))[1])
+    _, tangent = linearize(f, v, x)
+    torch.testing.assert_close(tangent(tv, tx), once(v, x))
