@@ -1,6 +1,7 @@
 """Timing for the benchmarks: every side of a ratio measured in one run, turn by turn."""
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,13 +34,18 @@ def once(run: Callable[[], object], device: str) -> float:
 def medians(
     sides: Mapping[str, Callable[[], object]], device: str, seconds: float = 2.0
 ) -> dict[str, float]:
-    """The median seconds of each side; sides take turns, so that a busy machine hits all alike."""
+    """The median seconds of each side.
+
+    Sides take turns, so that a busy machine hits all alike; in an order drawn anew each time, so
+    that none is always the one that finds the caches warm.
+    """
     for run in sides.values():
         run()
         run()
     taken: dict[str, list[float]] = {name: [] for name in sides}
+    order = random.Random(0)
     end = time.perf_counter() + seconds * len(sides)
     while time.perf_counter() < end or len(next(iter(taken.values()))) < 5:
-        for name, run in sides.items():
+        for name, run in order.sample(list(sides.items()), len(sides)):
             taken[name].append(once(run, device))
     return {name: statistics.median(times) for name, times in taken.items()}

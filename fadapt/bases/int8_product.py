@@ -99,13 +99,19 @@ def _product(x: Tensor, qdata: Tensor, dim: int) -> Tensor:
     if not whole:
         rows = x.reshape(-1, x.shape[-1])
         size = qdata.numel() * x.element_size()
+        few, limit = len(rows) < 32, 2**24
         # Of few rows the product is short, and so is the block; of many, and in 16 bits, whose
-        # product lays W out anew, short blocks cost more than they save (measured on 1024 x 1024 to
-        # 4096 x 4096).
-        limit = 2**24
-        if x.element_size() > 2:
-            limit = 2**20 if len(rows) < 32 else 2**24 if dim == 0 else 2**22
-        whole = size <= max(limit, 2**21)
+        # product lays W out anew, short blocks cost more than they save; and several threads have
+        # too little to share in one (measured on 1024 x 1024 to 4096 x 4096, 1 and 2 threads).
+        most = limit
+        if x.element_size() > 2 and dim == 0:
+            limit = 2**20 if len(rows) <= 8 else 2**22 if few else limit
+            most = 2**21 if len(rows) <= 8 else most
+        elif x.element_size() > 2:
+            alone = torch.get_num_threads() == 1
+            limit = 2**21 if not alone else 2**20 if few else 2**22
+            most = max(limit, 2**21) if alone else most
+        whole = size <= most
     if whole:
         weight = scaled(qdata, None, None, x.dtype)
         return x @ (weight.mT if dim == 0 else weight)
