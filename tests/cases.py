@@ -19,9 +19,12 @@ from torch.utils._pytree import tree_map
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationIntxWeightConfig,
+    Int8StaticActivationInt8WeightConfig,
     IntxWeightOnlyConfig,
+    PerAxis,
     PerGroup,
     PerRow,
+    PerTensor,
     quantize_,
 )
 from torchao_int8 import HAS_AFFINE, VERSION, affine, dynamic, weight_only
@@ -102,12 +105,31 @@ def group() -> Any:
     return weight_only(PerGroup(4))
 
 
-def inc(hp: str, method: str = "maxabs_arbitrary") -> Callable[[int, int], nn.Module]:
+def tensor() -> Any:
+    return weight_only(PerTensor())
+
+
+def static() -> Any:
+    """Its range is wide enough for nothing to be clipped."""
+    scale = torch.full((1, 1), 8 / 127)
+    return Int8StaticActivationInt8WeightConfig(act_quant_scale=scale, granularity=PerTensor())
+
+
+def two_axes(layer: nn.Module, x: Tensor) -> Tensor:
+    """torchao's static product, which wants x of the scale's rank."""
+    y: Tensor = layer(x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def inc(
+    hp: str, method: str = "maxabs_arbitrary", kind: str = "E4M3"
+) -> Callable[[int, int], nn.Module]:
     """INC's layers, calibrated wide enough for nothing to be clipped."""
 
     def layer(n_in: int, n_out: int) -> nn.Module:
         x = 4 * torch.ones(1, n_in)
-        return inc_layers.quantized(nn.Sequential(dense(n_in, n_out)), x, method, hp)[0]
+        model = nn.Sequential(dense(n_in, n_out))
+        return inc_layers.quantized(model, x, method, hp, kind=kind)[0]
 
     return layer
 
@@ -143,6 +165,10 @@ def int4() -> Any:
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(4))
 
 
+def int2() -> Any:
+    return IntxWeightOnlyConfig(weight_dtype=torch.int2, granularity=PerAxis(0))
+
+
 def int4_dynamic() -> Any:
     kind = PerGroup(4)
     return Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=kind)
@@ -175,18 +201,23 @@ BASES: tuple[BaseRow, ...] = (
     BaseRow("int8-group-f32", torchao(group, F32), F32, gradcheck=True, compiled=True),
     BaseRow("int8-group-bf16", torchao(group, BF16), BF16, bound=by_group(BF16)),
     BaseRow("int8-group-f16", torchao(group, F16), F16, bound=by_group(F16)),
+    BaseRow("int8-tensor-f32", torchao(tensor, F32), F32, gradcheck=True),
+    BaseRow("int8-static-f32", torchao(static, F32), F32, rounds=True, vendor=two_axes),
     BaseRow("int8-dynamic-f32", torchao(dynamic, F32), F32, rounds=True, compiled=True),
     BaseRow("int8-dynamic-bf16", torchao(dynamic, BF16), BF16, rounds=True),
     BaseRow("int8-dynamic-f16", torchao(dynamic, F16), F16, rounds=True),
     # AQLM scales W and rounds it to its dtype, fadapt the product; sums are in another order.
     BaseRow("float8-row-f32", torchao(Float8WeightOnlyConfig, F32), F32, compiled=True),
     BaseRow("float8-row-bf16", torchao(Float8WeightOnlyConfig, BF16), BF16, bound=lowered(BF16)),
+    BaseRow("float8-row-f16", torchao(Float8WeightOnlyConfig, F16), F16, bound=lowered(F16)),
+    BaseRow("int2-row-f32", torchao(int2, F32), F32, bound=1e-6, gradcheck=True),
     BaseRow("int4-group-f32", torchao(int4, F32), F32, bound=1e-6, gradcheck=True, compiled=True),
     BaseRow("int4-group-bf16", torchao(int4, BF16), BF16, bound=2 * 2**-7),
     BaseRow("int4-dynamic-bf16", torchao(int4_dynamic, BF16), BF16, rounds=True, bound=2 * 2**-7),
     plain_int4(F32, gradcheck=True, compiled=True),
     plain_int4(BF16),
     BaseRow("inc-f32", inc("fp32"), F32, rounds=True, compiled=True),
+    BaseRow("inc-e5m2-bf16", inc("bf16", kind="E5M2"), BF16, rounds=True),
     BaseRow("inc-channel-bf16", inc("bf16", inc_layers.PCS), BF16, rounds=True),
     BaseRow(
         "aqlm-2x8-f32",
@@ -196,6 +227,8 @@ BASES: tuple[BaseRow, ...] = (
         gradcheck=True,
         vendor=aqlm_forward,
     ),
+    BaseRow("aqlm-1x8-f32", aqlm((1, 8, 8, 1), F32), F32, bound=1e-6, vendor=aqlm_forward),
+    BaseRow("aqlm-1x16-f16", aqlm((1, 16, 8, 1), F16), F16, bound=2 * 2**-10, vendor=aqlm_forward),
     BaseRow(
         "aqlm-3x4-f32", aqlm((3, 4, 4, 2), F32), F32, bound=1e-6, compiled=True, vendor=aqlm_forward
     ),
