@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._function import applied
-from fadapt.kernels.eager import oft_kernels, readable, usable
+from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
 
 Coefficients = tuple[float, ...] | None
 
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    # A jvp of a jvp takes what a Function saved for the inner one as constants (torch 2.13).
-    if traced or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or forward_twice():
         return _plain(vectors, coefficients)
     return _by_kernels(vectors, coefficients)  # type: ignore[no-any-return]
 
@@ -56,7 +54,7 @@ def cayley(Q: Tensor) -> Tensor:
         X = _inverse(eye + Q)
         X = X + X @ (eye - (eye + Q) @ X)  # Newton's step: a large Q loses digits in the halves
         return 2 * X - eye
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if not torch.compiler.is_compiling() and forward_twice():
         # A jvp of a solve's jvp is half of what it should be (torch 2.13); an inverse's is right.
         R: Tensor = 2 * torch.linalg.inv(eye + Q) - eye
         return R
@@ -167,10 +165,16 @@ class _ByKernels(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         vectors, ctx.coefficients = inputs
         ctx.save_for_backward(vectors, output if ctx.coefficients is None else None)
+        ctx.save_for_forward(vectors)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         return _back_by_kernels(*ctx.saved_tensors, g, ctx.coefficients), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
+        (vectors,) = ctx.saved_tensors
+        return _derivative(skew(vectors), skew(tangent), ctx.coefficients)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, vectors: Tensor, coefficients: Coefficients) -> Any:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
@@ -20,7 +19,7 @@ from fadapt.bases.precision import without_autocast
 from fadapt.cayley import eye_like, rotation, size_of
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kernels import oft_cpu
-from fadapt.kernels.eager import oft_kernels, usable
+from fadapt.kernels.eager import forward_twice, oft_kernels, usable
 from fadapt.kernels.oft_ops import turn
 from fadapt.rows import Rows, keep_base
 from fadapt.targets import ALL_LINEAR, normalize_targets
@@ -364,7 +363,7 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
 
 def _kernels(x: Tensor, blocks: Tensor) -> Any:
     """The device's kernels, where they take these."""
-    if forward_ad._current_level >= 0:  # as in cayley.rotation
+    if forward_twice():
         return None
     if x.device.type == "cpu":
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():

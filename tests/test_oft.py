@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import fadapt as fa
 import fadapt.cayley
-from fadapt.cayley import polynomial, skew
+from fadapt.cayley import polynomial, rotation, skew
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kernels import oft_cpu
 from fadapt.testing import assert_pure
@@ -595,3 +595,15 @@ def test_forward_mode_twice(cayley: str):
     torch.testing.assert_close(each[0], jvp(lambda v: once(v, x), (v,), (tv,))[1])
     _, tangent = linearize(f, v, x)
     torch.testing.assert_close(tangent(tv, tx), once(v, x))
+
+
+@pytest.mark.parametrize("size", [5, 32])
+def test_no_bit_of_a_rotation_depends_on_the_blocks_beside_it(size: int):
+    # A tie of an activation's rounding goes by the last bit: a stack must be its adapters.
+    scales = torch.tensor([0.01, 2.0, 0.05, 0.1, 0.01, 0.2, 0.4, 0.05])[:, None]
+    vectors = scales * gaussian((8, size * (size - 1) // 2))
+    together = rotation(vectors)
+    alone = torch.cat([rotation(v[None]) for v in vectors])
+    assert torch.equal(together, alone)
+    ahead, _ = jvp(rotation, (vectors,), (vectors,))
+    assert torch.equal(ahead, together)

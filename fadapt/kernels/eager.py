@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -32,6 +33,12 @@ def usable(x: Tensor, y: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
     )
+
+
+def forward_twice() -> bool:
+    """Whether a jvp runs in a jvp: what a Function saved for the inner one, torch takes as
+    constants there (2.13), so that plain torch must stand in for it."""
+    return eager_transforms.JVP_NESTING > 1
 
 
 @cache

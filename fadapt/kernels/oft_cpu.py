@@ -83,21 +83,35 @@ def _skew(rows: Tensor, layout: _Layout, out: Tensor) -> Tensor:
 
 def _exact(Q: Tensor, spare: Sequence[Tensor], out: Tensor) -> None:
     P, P2, P3, *free = spare
-    bound = float("inf")
+    kind = len(INVERSES)
     if Q.dtype == torch.float32:
         torch.bmm(Q, Q, out=P)
         torch.bmm(P, P, out=P2)
         # |S|_2 = |S^2|_2^(1/2), and Frobenius's norm is near enough to that of a high power.
-        bound = float(torch.linalg.vector_norm(P2.flatten(1), dim=1).amax()) ** 0.5
-    for most, degree, step in INVERSES:
-        if bound <= most:
-            powers = (P, P2) if step == 2 else (P, P2, torch.bmm(P2, P, out=P3))
-            inverse = _evaluate(powers, _inverse(degree, most), free)
-            break
-    else:  # or NaN
+        squares = torch.linalg.vector_norm(P2.flatten(1), dim=1)
+        kinds = torch.bucketize(squares, _limits())  # NaN is beyond the last
+        kind = int(kinds[0])
+        if bool((kinds != kind).any()):
+            # Each by itself, so that no bit of a block depends on those beside it.
+            for one in kinds.unique().tolist():
+                (some,) = torch.where(kinds == one)
+                of = Q[some]
+                R = torch.empty_like(of)
+                _exact(of, [t[: len(some)] for t in spare], R)
+                out[some] = R
+            return
+    if kind == len(INVERSES):
         out.copy_(cayley(Q))
         return
+    most, degree, step = INVERSES[kind]
+    powers = (P, P2) if step == 2 else (P, P2, torch.bmm(P2, P, out=P3))
+    inverse = _evaluate(powers, _inverse(degree, most), free)
     _plus(torch.bmm(P.sub_(Q), inverse, out=out), 1.0)
+
+
+@lru_cache
+def _limits() -> Tensor:
+    return torch.tensor([most**2 for most, *_ in INVERSES], device="cpu")
 
 
 @lru_cache
