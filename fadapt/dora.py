@@ -21,6 +21,9 @@ from fadapt.rows import Rows, add_low_rank, keep_base
 # How much of W is dequantized at a time to take its norm.
 _BLOCK_BYTES = {"cpu": 2**21}
 _BLOCK_BYTES_ELSEWHERE = 2**26
+# Inputs up to which W + s B A is taken whole: it is small, and where an update all but cancels a
+# row of so few numbers, the difference of squares has no digits left.
+_NARROW = 4
 
 
 class DoRAParams(NamedTuple):
@@ -153,6 +156,10 @@ class DoRA(LoRA):
                 norms.append(kernels.row_norms(weight, _squares(weight), A, of_rows, self.scaling))
             return norms[0] if len(norms) == 1 else torch.cat(norms)
         A, B = params.lora_A.detach().to(kind), params.lora_B.detach().to(kind).mT
+        if base.in_features <= _NARROW:
+            whole = base.dequantize(kind) + (B.mT * self.scaling) @ A
+            norm: Tensor = torch.linalg.vector_norm(whole, dim=-1)
+            return norm.detach()
 
         def measured(part: Base) -> tuple[Tensor, Tensor]:
             weight = part.dequantize(kind)
@@ -172,7 +179,7 @@ class DoRA(LoRA):
         s = self.scaling
         cross = products * (2 * s) + (A @ A.mT) @ B * s**2
         # What is negative, by rounding, is 0: a row that the update cancels.
-        norm: Tensor = (squares + (B * cross).sum(-2)).clamp(min=0).sqrt()
+        norm = (squares + (B * cross).sum(-2)).clamp(min=0).sqrt()
         return norm.detach()
 
     def apply(self, base: Base, params: Any, x: Tensor, keep: Tensor | None = None) -> Tensor:

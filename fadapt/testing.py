@@ -7,7 +7,7 @@ Example:
     >>> import torch, fadapt as fa, fadapt.testing as ft
     >>> from hypothesis import given, settings, strategies as st
     >>> @settings(max_examples=10, deadline=None)
-    ... @given(data=st.data(), model=ft.models())
+    ... @given(data=st.data(), model=ft.models(ft.dtypes(torch.float64)))
     ... def test_a_stack_of_two_is_a_loop_over_two(data, model):
     ...     method = data.draw(ft.methods(model))
     ...     pair = [data.draw(ft.adapters(model, method)) for _ in range(2)]
