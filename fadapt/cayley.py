@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._function import applied
 from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
+from fadapt.kernels.oft_ops import stacked
 
 Coefficients = tuple[float, ...] | None
 
@@ -220,15 +221,10 @@ class _BackByKernels(Function):
     def vmap(
         info: Any, in_dims: Any, vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Any
     ) -> Any:
-        stacked = [
-            t
-            if t is None
-            else t.expand(info.batch_size, *t.shape)
-            if d is None
-            else t.movedim(d, 0)
-            for t, d in zip((vectors, R, g), in_dims, strict=False)
-        ]
-        return _back_by_kernels(*stacked, coefficients), 0
+        if R is not None:
+            return _back_by_kernels(*stacked(info, in_dims, vectors, R, g), coefficients), 0
+        vectors, g = stacked(info, (in_dims[0], in_dims[2]), vectors, g)
+        return _back_by_kernels(vectors, None, g, coefficients), 0
 
 
 _by_kernels = applied(_ByKernels)

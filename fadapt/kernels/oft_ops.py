@@ -67,7 +67,7 @@ def ops(
             if in_dims[1] is None:  # one R for all: more rows
                 place = 1 if each else 0
                 return rotate(x.movedim(in_dims[0], place), R), place
-            x, R = _stacked(info, in_dims, x, R)
+            x, R = stacked(info, in_dims, x, R)
             if not each:
                 return rotate(x, R), 0
             return rotate(x.flatten(0, 1), R.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
@@ -105,7 +105,7 @@ def ops(
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, x: Tensor, g: Tensor, size: int, k: int) -> Any:
-            x, g = _stacked(info, in_dims, x, g)
+            x, g = stacked(info, in_dims, x, g)
             if k == 0:
                 return outer(x, g, size, info.batch_size), 0
             out = outer(x.flatten(0, 1), g.flatten(0, 1), size, info.batch_size * k)
@@ -142,7 +142,7 @@ def _unrecorded(*tensors: Tensor) -> bool:
     )
 
 
-def _stacked(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
+def stacked(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:
     """With the mapped axis first."""
     return [
         t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
