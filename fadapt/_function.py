@@ -43,7 +43,7 @@ def applied(function: type[Function]) -> Callable[..., Any]:
         level = _functorch.peek_interpreter_stack()
         if level is not None:
             if level.key() == _functorch.TransformType.Vmap:
-                return _mapped(function, run, args)
+                return mapped(function, run, args)
             return function.apply(*args)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return forward(*args)
@@ -54,7 +54,7 @@ def applied(function: type[Function]) -> Callable[..., Any]:
     return run
 
 
-def _mapped(function: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def mapped(function: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """``function`` one level of ``vmap`` further down, by its rule: what torch's dispatcher does
     (``custom_function_call_vmap``), which takes several times as long over it as a kernel does."""
     interpreter: Any = retrieve_current_functorch_interpreter()

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._function import applied
 from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
-from fadapt.kernels.oft_ops import stacked
-
-Coefficients = tuple[float, ...] | None
+from fadapt.kernels.oft_ops import Coefficients, series_of, stacked
 
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
@@ -30,6 +28,20 @@ def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or forward_twice():
         return _plain(vectors, coefficients)
     return _by_kernels(vectors, coefficients)  # type: ignore[no-any-return]
+
+
+def rotations(vectors: Sequence[Tensor], coefficients: Coefficients) -> Sequence[Tensor]:
+    """:func:`rotation` of several layers' vectors ``[r, m]`` of one m, together."""
+    looked_at = (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+    )
+    if looked_at or not torch.is_grad_enabled():
+        counts = [v.shape[-2] for v in vectors]
+        return tuple(rotation(torch.cat(list(vectors), -2), coefficients).split(counts, -3))
+    return _several(coefficients, *vectors)  # type: ignore[no-any-return]
 
 
 def size_of(elements: int) -> int:
@@ -170,7 +182,7 @@ class _ByKernels(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        return _back_by_kernels(*ctx.saved_tensors, g, ctx.coefficients), None
+        return back_by_kernels(*ctx.saved_tensors, g, ctx.coefficients), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Tensor:  # type: ignore[override]
@@ -222,13 +234,37 @@ class _BackByKernels(Function):
         info: Any, in_dims: Any, vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Any
     ) -> Any:
         if R is not None:
-            return _back_by_kernels(*stacked(info, in_dims, vectors, R, g), coefficients), 0
+            return back_by_kernels(*stacked(info, in_dims, vectors, R, g), coefficients), 0
         vectors, g = stacked(info, (in_dims[0], in_dims[2]), vectors, g)
-        return _back_by_kernels(vectors, None, g, coefficients), 0
+        return back_by_kernels(vectors, None, g, coefficients), 0
+
+
+class _Several(Function):
+    """One node of autograd for what would be three, which in eager mode cost a GPU's small step
+    more than its kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Coefficients, *vectors: Tensor) -> tuple[Tensor, ...]:
+        flat = torch.cat(vectors)
+        R: Tensor = rotation(flat, coefficients)
+        ctx.coefficients, ctx.counts = coefficients, [len(v) for v in vectors]
+        ctx.kept = flat, R if coefficients is None else None
+        ctx.save_for_backward(*vectors)
+        return tuple(R.split(ctx.counts))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        vectors, (flat, R) = ctx.saved_tensors, ctx.kept
+        if torch.is_grad_enabled():
+            flat = torch.cat(vectors)
+            R = rotation(flat, ctx.coefficients) if ctx.coefficients is None else None
+        found = back_by_kernels(flat, R, torch.cat(grads), ctx.coefficients)
+        return None, *found.split(ctx.counts)
 
 
 _by_kernels = applied(_ByKernels)
-_back_by_kernels = applied(_BackByKernels)
+_several: Any = super(Function, _Several).apply  # type: ignore[misc]
+back_by_kernels = applied(_BackByKernels)
 
 
 def _kernels(coefficients: Coefficients, vectors: Tensor, *others: Tensor) -> Any:
@@ -243,4 +279,4 @@ def _kernels(coefficients: Coefficients, vectors: Tensor, *others: Tensor) -> An
         return None
     gpu = oft_kernels()
     fits = vectors.dtype == torch.float32 and size_of(vectors.shape[-1]) <= gpu.MOST
-    return gpu if fits and gpu.form_of(coefficients) is not None else None
+    return gpu if fits and series_of(coefficients) is not None else None

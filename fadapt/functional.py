@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fadapt.checkpointing import keep_adapter, watch
 from fadapt.errors import AdapterError, ConfigError, near
 from fadapt.lending import Lender, Scratch
-from fadapt.method import Method, over
+from fadapt.method import Method, over, ready
 from fadapt.shell import (
     AdaptedLinear,
     bias_at,
@@ -75,6 +75,7 @@ class Forward:
         self.biases = dict(biases or {})
         self.saved = dict(saved) | dict.fromkeys(self.biases, ("bias",))
         self.method = method
+        self._bases = {path: layer.base for path, layer in self.layers.items()}
         self._lender = Lender(shell)
         for layer in self.layers.values():
             layer.lender = self._lender
@@ -122,7 +123,8 @@ class Forward:
             return composed(params, *args, dropout=dropout, **kwargs)
         tensors = self._seeds(dropout)
         if params is not None:
-            for path, leaf in self.prepare(params).items():
+            self._check(params)
+            for path, leaf in ready(self.method, params, self._bases).items():
                 if path in self.saved:
                     leaf = self.of_module(path, leaf)
                 fields: Any = getattr(leaf, "_fields", leaf)
@@ -153,7 +155,7 @@ class Forward:
             AdapterError: as a call does.
         """
         self._check(params)
-        return self.method.prepare(params, {path: at.base for path, at in self.layers.items()})
+        return self.method.prepare(params, self._bases)
 
     def of_module(self, path: str, leaf: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One entry of ``saved``, in the dtypes that the model has there."""

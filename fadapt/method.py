@@ -90,6 +90,14 @@ class Method(Protocol):
 
 
 @singledispatch
+def ready(method: Any, params: Mapping[str, Any], bases: Mapping[str, Base]) -> Mapping[str, Any]:
+    """What one forward runs with: what :meth:`Method.prepare` makes of an adapter, but for layers
+    that do better with their own part when they know their input."""
+    prepared: Mapping[str, Any] = method.prepare(params, bases)
+    return prepared
+
+
+@singledispatch
 def over(base: Any, method: Any, path: str) -> Any:
     """The method as it stands over this kind of layer: itself, over a linear one.
 

@@ -6,7 +6,7 @@ any base.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
 from fadapt.bases.precision import without_autocast
-from fadapt.cayley import eye_like, rotation, size_of
+from fadapt.cayley import eye_like, rotation, rotations, size_of
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.kernels import oft_cpu
-from fadapt.kernels.eager import forward_twice, oft_kernels, usable
-from fadapt.kernels.oft_ops import turn
+from fadapt.kernels.oft_turn import rotate, turn_by
+from fadapt.method import ready
 from fadapt.rows import Rows, keep_base
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
@@ -219,21 +218,23 @@ class OFT:
         Returns:
             ``{path: OFTRotation}``, which a forward takes in place of ``params``.
         """
+        return self._prepared(params, [])
+
+    def _prepared(self, params: Mapping[str, Any], left: Container[str]) -> dict[str, Any]:
+        """All but the layers that are ``left`` as they are."""
         prepared = dict(params)
         groups: dict[Any, list[str]] = {}
         for path, leaf in params.items():
-            if isinstance(leaf, OFTParams):
+            if isinstance(leaf, OFTParams) and path not in left:
                 t = leaf.oft_R
                 # A CPU gains nothing by large ones together, and a copy of them costs.
-                alone = t.device.type == "cpu" and _elements(t) >= LARGE
-                key = t.shape[-1], t.dtype, t.device, path if alone else None
+                key = t.shape[-1], t.dtype, t.device, path if _large(t) else None
                 groups.setdefault(key, []).append(path)
         for paths in groups.values():
             if len(paths) == 1:
                 prepared[paths[0]] = OFTRotation(self.rotation(params[paths[0]]))
                 continue
-            vectors = [self._constrained(params[path].oft_R) for path in paths]
-            blocks = self._build(torch.cat(vectors, -2)).split([v.shape[-2] for v in vectors], -3)
+            blocks = self._together([self._constrained(params[path].oft_R) for path in paths])
             prepared |= {p: OFTRotation(block) for p, block in zip(paths, blocks, strict=True)}
         return prepared
 
@@ -274,6 +275,10 @@ class OFT:
             x: ``[..., in]``.
             keep: boolean ``[in / b]``: which blocks dropout lets rotate.
         """
+        if keep is None and isinstance(params, OFTParams) and self.cayley != "auto":
+            vectors = self._constrained(params.oft_R)
+            turned = turn_by(x, vectors, self._coefficients)
+            return base.linear(rotate(x, self._build(vectors)) if turned is None else turned)
         blocks = self.rotation(params)
         if keep is not None:
             blocks = torch.where(keep[:, None, None], blocks, eye_like(blocks))
@@ -323,8 +328,20 @@ class OFT:
             if self.cayley == "auto":
                 blocks = self._either(wide)
             else:
-                blocks = rotation(wide, None if self.cayley == "exact" else self._series())
+                blocks = rotation(wide, self._coefficients)
         return blocks if blocks.dtype == vectors.dtype else blocks.to(vectors.dtype)
+
+    def _together(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """:meth:`_build` of several layers' vectors."""
+        if self.cayley == "auto" or vectors[0].dtype != _wide(vectors[0]):
+            counts = [v.shape[-2] for v in vectors]
+            return tuple(self._build(torch.cat(list(vectors), -2)).split(counts, -3))
+        with without_autocast(vectors[0]):
+            return rotations(vectors, self._coefficients)
+
+    @property
+    def _coefficients(self) -> tuple[float, ...] | None:
+        return None if self.cayley == "exact" else self._series()
 
     def _series(self) -> tuple[float, ...]:
         if self.form == "own":
@@ -354,27 +371,11 @@ class OFT:
         return torch.where(converges[..., None, None], series, rotation(vectors))
 
 
-def rotate(x: Tensor, blocks: Tensor) -> Tensor:
-    """``x R`` in x's dtype, for x ``[..., in]`` and blocks ``[r, b, b]``, r being ``in / b`` or 1;
-    or blocks ``[k, r, b, b]``, of which each takes a kth of x's rows."""
-    kernels = _kernels(x, blocks)
-    return turn(x, blocks) if kernels is None else kernels.rotate(x, blocks)
-
-
-def _kernels(x: Tensor, blocks: Tensor) -> Any:
-    """The device's kernels, where they take these."""
-    if forward_twice():
-        return None
-    if x.device.type == "cpu":
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return None
-        # Of one adapter, plain torch is as fast; and it obeys autocast.
-        many = blocks.dim() == 4 or torch._C._are_functorch_transforms_active()
-        return oft_cpu if many and not torch.is_autocast_enabled("cpu") else None
-    if not usable(x, blocks):
-        return None
-    gpu = oft_kernels()
-    return gpu if gpu.takes(x, blocks) else None
+@ready.register
+def _(method: OFT, params: Mapping[str, Any], bases: Mapping[str, Base]) -> dict[str, Any]:
+    # A large layer on a CPU, which gains nothing by others beside it, builds R with its rotation.
+    large = {p for p, at in params.items() if isinstance(at, OFTParams) and _large(at.oft_R)}
+    return method._prepared(params, large)
 
 
 def _project(vectors: Tensor, eps: float) -> Tensor:
@@ -391,13 +392,13 @@ def _block_size(params: Params) -> int:
     return tensor.shape[-1] if isinstance(params, OFTRotation) else size_of(tensor.shape[-1])
 
 
-def _elements(tensor: Tensor) -> int:
-    """Of all that ``vmap`` maps over."""
-    if torch.compiler.is_compiling():
-        return 0
+def _large(tensor: Tensor) -> bool:
+    """Whether these vectors, all that ``vmap`` maps over, are large for a CPU."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.numel()
+    return tensor.numel() >= LARGE
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -57,9 +57,14 @@ def test_r_and_its_gradient(series: str, size: int, std: float):
     R = oft_gpu.build(vectors, coefficients)
     assert share(R, want.detach()) <= 8 * EPS
     g = gaussian(*R.shape, seed=1)
-    (slope,) = torch.autograd.grad(want, wide, g.double())
+    (slope,) = torch.autograd.grad(want, wide, g.double(), retain_graph=True)
     got = oft_gpu.build_backward(vectors, R if series == "exact" else None, g, coefficients)
     assert share(got, slope) <= 16 * EPS
+    # Of one block's vectors, and several gradients of its R: what jacrev's vmap hands it.
+    one, again = vectors[:1].expand_as(vectors), R[:1].expand_as(R)
+    (slope,) = torch.autograd.grad(want[:1].expand_as(want), wide, g.double())
+    got = oft_gpu.build_backward(one, again if series == "exact" else None, g, coefficients)
+    assert share(got.sum(0), slope[0]) <= 32 * EPS
     if series == "exact":
         eye = torch.eye(size, device=DEVICE)
         assert (R @ R.mT - eye).abs().max() <= 8 * EPS

@@ -166,7 +166,7 @@ def test_law_7_applying_is_multiplying_by_the_merged_weight(kind: MethodRow):
 
 @pytest.mark.parametrize("row", BASES, ids=lambda row: row.name)
 def test_inputs_and_gradients_of_any_strides(row):
-    base, g = fa.base_of(row.layer(N_IN, N_HIDDEN)), torch.Generator().manual_seed(0)
+    base, g = fa.base_of(row.layer(N_IN, N_HIDDEN).to(DEVICE)), torch.Generator().manual_seed(0)
     x = torch.randn(3, 2 * N_IN, generator=g).to(DEVICE, row.dtype)[:, :N_IN]
     back = torch.randn(N_HIDDEN, 3, generator=g).to(DEVICE, row.dtype).mT
     y, pull = torch.func.vjp(base.linear, x)

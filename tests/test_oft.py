@@ -17,7 +17,7 @@ import fadapt as fa
 import fadapt.cayley
 from fadapt.cayley import polynomial, rotation, skew
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.kernels import oft_cpu
+from fadapt.kernels import oft_cpu, oft_cpu_rows
 from fadapt.testing import assert_pure
 
 EPS = torch.finfo(torch.float32).eps
@@ -266,15 +266,15 @@ def test_a_row_its_rotation_and_every_derivative(shared: bool):
         ]
         return torch.utils._pytree.tree_leaves(found)
 
-    for got, want in zip(results(oft_cpu.rotate), results(plain), strict=True):
+    for got, want in zip(results(oft_cpu_rows.rotate), results(plain), strict=True):
         assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
     assert torch.autograd.gradcheck(
-        oft_cpu.rotate,
+        oft_cpu_rows.rotate,
         (x.clone().requires_grad_(), R.clone().requires_grad_()),
         check_forward_ad=True,
         check_batched_grad=True,
     )
-    low = oft_cpu.rotate(x.bfloat16(), R.float())
+    low = oft_cpu_rows.rotate(x.bfloat16(), R.float())
     assert low.dtype == torch.bfloat16
     exact = plain(x.bfloat16().double(), R.float().double())
     # Rounded once: half an eps of bfloat16, and float32's own rounding.

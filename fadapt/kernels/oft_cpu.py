@@ -1,15 +1,16 @@
 """OFT on a CPU: R from its vectors and the way back, a few blocks at a time in buffers that stay in
-the cache; ``x R`` and ``x^T g`` of many adapters without a copy of x in another order.
+the cache.
 
-The plain torch that they must equal is that of ``cayley.py`` and of ``oft_ops.py``.
+The plain torch that they must equal is that of ``cayley.py``.
 
 The exact form is ``R = I + 2 (Q^2 - Q) (I + S)^-1`` with the symmetric ``S = -Q^2``. A product of
 32 x 32 costs a 25th of a solve, and where the eigenvalues of S, none of which is negative, lie
 below a bound, the inverse is a polynomial in S, up to less than float32's rounding: 4 products in
-all below 1/8, 5 below 3/8, 6 below 1. This R is nearer to a rotation than a solve's. What is
+all below 0.14, 5 below 0.4, 6 below 1. This R is nearer to a rotation than a solve's. What is
 larger is solved.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fadapt.bases.precision import gemm_dtype
-from fadapt.cayley import Coefficients, cayley, size_of
-from fadapt.kernels.oft_ops import apart, ops
+from fadapt.cayley import cayley, size_of
+from fadapt.kernels.oft_ops import Coefficients
 
 # Of the polynomials: up to which eigenvalue of S, their degree, and the powers of S that they take.
-INVERSES = ((0.125, 4, 2), (0.375, 6, 2), (1.0, 9, 3))
+INVERSES = ((0.14, 4, 2), (0.4, 6, 2), (1.0, 9, 3))
 CHUNK_BYTES = 2**18  # of R, at a time (measured: 32 to 128 blocks of 32 x 32 are alike)
 
 
@@ -40,14 +40,21 @@ def build(vectors: Tensor, coefficients: Coefficients) -> Tensor:
     size = size_of(vectors.shape[-1])
     R = vectors.new_empty(*vectors.shape[:-1], size, size)
     flat, rows = R.view(-1, size, size), vectors.reshape(-1, vectors.shape[-1])
-    layout = _layout(size, vectors.dtype)
-    for chunk, (Q, *spare) in _chunks(flat, 6):
-        _skew(rows[chunk], layout, Q)
-        if coefficients is None:
-            _exact(Q, spare, flat[chunk])
-        else:
-            _series(Q, spare, coefficients, flat[chunk])
+    for chunk, spare in _chunks(flat, 6):
+        build_into(rows[chunk], coefficients, spare, flat[chunk])
     return R
+
+
+def build_into(
+    rows: Tensor, coefficients: Coefficients, spare: Sequence[Tensor], out: Tensor
+) -> None:
+    """R of ``rows [n, m]`` into ``out [n, b, b]``, with 6 buffers as large."""
+    Q, *others = spare
+    skew_into(rows, Q)
+    if coefficients is None:
+        _exact(Q, others, out)
+    else:
+        _series(Q, others, coefficients, out)
 
 
 def build_backward(
@@ -60,58 +67,72 @@ def build_backward(
     flat, rows = out.view(-1, out.shape[-1]), vectors.reshape(-1, out.shape[-1])
     G = g.reshape(-1, size, size)
     built = None if R is None else R.reshape(G.shape)
-    layout = _layout(size, vectors.dtype)
     for chunk, (Q, E, *spare) in _chunks(G, 5 + len(coefficients or ()) // 2):
         if coefficients is None:
             assert built is not None
             half = _plus(Q.copy_(built[chunk]), 1.0).mT
-            torch.bmm(torch.bmm(half, G[chunk], out=spare[0]), half, out=E).mul_(-0.5)
+            E.baddbmm_(torch.bmm(half, G[chunk], out=spare[0]), half, beta=0, alpha=-0.5)
         else:
-            _series_back(_skew(rows[chunk], layout, Q), G[chunk], spare, coefficients, E)
-        # The adjoint of _skew.
-        upper = torch.index_select(E.flatten(1), 1, layout.upper, out=flat[chunk])
-        lower = Q.view(-1)[: upper.numel()].view(upper.shape)
-        upper.sub_(torch.index_select(E.flatten(1), 1, layout.lower, out=lower))
+            _series_back(skew_into(rows[chunk], Q), G[chunk], spare, coefficients, E)
+        fold_into(E, flat[chunk], Q)
     return out
 
 
-def _skew(rows: Tensor, layout: _Layout, out: Tensor) -> Tensor:
+def skew_into(rows: Tensor, out: Tensor) -> Tensor:
+    """Q ``[n, b, b]`` of its vectors ``[n, m]``."""
+    layout = _layout(out.shape[-1], out.dtype)
     flat = torch.index_select(rows, 1, layout.source, out=out.view(len(out), -1))
     flat.mul_(layout.sign)
     return out
 
 
+def fold_into(E: Tensor, out: Tensor, spare: Tensor) -> None:
+    """The adjoint of :func:`skew_into`; ``spare`` is as large as E, and is written to."""
+    layout = _layout(E.shape[-1], E.dtype)
+    upper = torch.index_select(E.flatten(1), 1, layout.upper, out=out)
+    lower = spare.view(-1)[: upper.numel()].view(upper.shape)
+    upper.sub_(torch.index_select(E.flatten(1), 1, layout.lower, out=lower))
+
+
 def _exact(Q: Tensor, spare: Sequence[Tensor], out: Tensor) -> None:
-    P, P2, P3, *free = spare
-    kind = len(INVERSES)
-    if Q.dtype == torch.float32:
-        torch.bmm(Q, Q, out=P)
-        torch.bmm(P, P, out=P2)
-        # |S|_2 = |S^2|_2^(1/2), and Frobenius's norm is near enough to that of a high power.
-        squares = torch.linalg.vector_norm(P2.flatten(1), dim=1)
-        kinds = torch.bucketize(squares, _limits())  # NaN is beyond the last
-        kind = int(kinds[0])
-        if bool((kinds != kind).any()):
-            # Each by itself, so that no bit of a block depends on those beside it.
-            for one in kinds.unique().tolist():
-                (some,) = torch.where(kinds == one)
-                of = Q[some]
-                R = torch.empty_like(of)
-                _exact(of, [t[: len(some)] for t in spare], R)
-                out[some] = R
-            return
+    if Q.dtype != torch.float32:
+        out.copy_(cayley(Q))
+        return
+    P, P2, *free = spare
+    torch.bmm(Q, Q, out=P)
+    torch.bmm(P, P, out=P2)
+    # S's eigenvalues come in pairs: the largest is below (|S^2|_F^2 / 2)^(1/4).
+    squares = torch.linalg.vector_norm(P2.flatten(1), dim=1)
+    kinds = torch.bucketize(squares, _limits())  # NaN is beyond the last
+    kind = int(kinds[0])
+    if not bool((kinds != kind).any()):
+        _exact_of(kind, Q, P, P2, free, out)
+        return
+    # Each by itself, so that no bit of a block depends on those beside it.
+    for one in kinds.unique().tolist():
+        (some,) = torch.where(kinds == one)
+        part = [t[: len(some)] for t in free]
+        R = torch.empty_like(part[0])
+        _exact_of(one, Q[some], P[some], P2[some], part, R)
+        out[some] = R
+
+
+def _exact_of(
+    kind: int, Q: Tensor, P: Tensor, P2: Tensor, free: Sequence[Tensor], out: Tensor
+) -> None:
+    """R of Q, by the polynomial of that kind; P is written to."""
     if kind == len(INVERSES):
         out.copy_(cayley(Q))
         return
     most, degree, step = INVERSES[kind]
-    powers = (P, P2) if step == 2 else (P, P2, torch.bmm(P2, P, out=P3))
+    powers = (P, P2) if step == 2 else (P, P2, torch.bmm(P2, P, out=free[2]))
     inverse = _evaluate(powers, _inverse(degree, most), free)
     _plus(torch.bmm(P.sub_(Q), inverse, out=out), 1.0)
 
 
 @lru_cache
 def _limits() -> Tensor:
-    return torch.tensor([most**2 for most, *_ in INVERSES], device="cpu")
+    return torch.tensor([math.sqrt(2) * most**2 for most, *_ in INVERSES], device="cpu")
 
 
 @lru_cache
@@ -119,7 +140,8 @@ def _inverse(degree: int, most: float) -> tuple[float, ...]:
     """The coefficients, in P = -S, of a polynomial p near ``2 / (1 + s)`` for s in [0, most].
 
     Of all p of that degree, ``1 - (1 + s) p(s) / 2`` is smallest as Chebyshev's polynomial T of
-    ``degree + 1`` in ``2 s / most - 1``, divided by its value at -1: here 4.4e-8.
+    ``degree + 1`` in ``2 s / most - 1``, divided by its value at -1: here at most 8e-8, of which R
+    has ``2 (s / (1 + s))^(1/2)``.
     """
     before, T = [1.0], [-1.0, 2 / most]
     for _ in range(degree):  # T_(n+1) = 2 x T_n - T_(n-1)
@@ -142,26 +164,41 @@ def _evaluate(
 ) -> Tensor:
     """``sum_k c_k P^k`` of ``powers`` P, P^2, ..., P^m and n m + 1 coefficients, in two buffers:
     Horner's scheme in the last power."""
-    step = len(powers)
-    total = None
+    step, last = len(powers), powers[-1]
+    total, scale = None, 1.0
+    # c_0 + X_0 + (X_1 + ...) P^m, with X_j's own P^m in place of c_0 in X_(j+1).
     for n, start in enumerate(range(len(coefficients) - 1 - step, -1, -step)):
-        part = torch.mul(powers[0], coefficients[start + 1], out=free[n % 2])
-        for k in range(2, step + 1 if total is None else step):
-            part.add_(powers[k - 1], alpha=coefficients[start + k])
-        _plus(part, coefficients[start])
-        total = part if total is None else part.baddbmm_(total, powers[-1])
+        c = coefficients[start + 1 : start + 1 + step]
+        X = torch.add(powers[0], powers[1], alpha=c[1] / c[0], out=free[n % 2])
+        for factor, power in zip(c[2:], powers[2:], strict=True):
+            X.add_(power, alpha=factor / c[0])
+        total = X if total is None else X.baddbmm_(total, last, beta=c[0], alpha=scale)
+        scale = c[0] if n == 0 else 1.0
     assert total is not None
-    return total
+    return _plus(total if scale == 1 else total.mul_(scale), coefficients[0])
 
 
 def _series(
     Q: Tensor, spare: Sequence[Tensor], coefficients: tuple[float, ...], out: Tensor
 ) -> None:
-    """``sum_k c_k Q^k``."""
-    P, other, *_ = spare
-    if len(coefficients) > 2:
+    """``sum_k c_k Q^k``, by Horner in P = Q^2: ``c_0 + X_0 + (X_1 + (X_2 + ...) P) P`` of
+    ``X_j = c_(2j+1) Q + c_(2j+2) P``."""
+    P, *sums = spare
+    top = (len(coefficients) - 2) // 2
+    odd, even = coefficients[1::2], coefficients[2::2]
+    if even:
         torch.bmm(Q, Q, out=P)
-    _horner(Q, P, coefficients, [(out, other)[j % 2] for j in range(len(coefficients) // 2)])
+    A, scale = Q, odd[-1]
+    for j in reversed(range(top + 1)):
+        X = sums[j % 2] if j else out
+        if j == top and len(even) == len(odd):
+            A, scale = torch.add(P, Q, alpha=odd[j] / even[j], out=X), even[j]
+        elif j < top:
+            torch.add(P, Q, alpha=odd[j] / even[j], out=X)
+            A, scale = X.baddbmm_(A, P, beta=even[j], alpha=scale), 1.0
+    if A is not out or scale != 1:
+        torch.mul(A, scale, out=out)
+    _plus(out, coefficients[0])
 
 
 def _horner(
@@ -235,38 +272,3 @@ def _chunks(blocks: Tensor, buffers: int) -> Iterator[tuple[slice, list[Tensor]]
     for start in range(0, count, step):
         stop = min(start + step, count)
         yield slice(start, stop), list(spare[:, : stop - start].unbind())
-
-
-def _rotated(x: Tensor, R: Tensor) -> Tensor:
-    y = x.new_empty(x.shape)
-    kind = gemm_dtype(R)
-    R = R.to(kind)
-    rows, turned = (_by_blocks(t, R) for t in (x, y))
-    if R.dim() == 3:
-        turned.copy_(torch.bmm(rows.to(kind), R))
-        return y
-    buffer = torch.empty(rows.shape[1:], dtype=kind, device="cpu")
-    for a, b, c in zip(rows, R, turned, strict=True):
-        c.copy_(torch.bmm(a.to(kind), b, out=buffer))
-    return y
-
-
-def _products(x: Tensor, g: Tensor, size: int, k: int) -> Tensor:
-    kind = torch.promote_types(x.dtype, torch.float32)
-    lead = (k,) if k else ()
-    a, b = (apart(t.to(kind), size, lead) for t in (x, g))
-    if not k:
-        return torch.bmm(a.mT, b)
-    out = a.new_empty(k, x.shape[-1] // size, size, size)
-    for p, q, o in zip(a.mT, b, out, strict=True):
-        torch.bmm(p, q, out=o)
-    return out
-
-
-def _by_blocks(x: Tensor, R: Tensor) -> Tensor:
-    """x as R's blocks take it; a block that all share takes all of a row as so many rows."""
-    r, size = R.shape[-3], R.shape[-1]
-    return x.reshape(*R.shape[:-3], -1, r, size).transpose(-2, -3)
-
-
-rotate, _ = ops(_rotated, _products)

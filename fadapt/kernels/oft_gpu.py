@@ -10,40 +10,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fadapt.kernels import oft_triton
+from fadapt.kernels import oft_triton, oft_triton_large
 from fadapt.kernels.eager import launch
-from fadapt.kernels.oft_ops import ops
+from fadapt.kernels.oft_ops import Coefficients, ops, series_of
 
 MOST, MOST_WIDE = 128, 64  # the largest block; and of a float32 x, for want of registers
 _FEW = 1024  # rows
-_STEP = 32  # how much of a block a product takes at a time
-Coefficients = tuple[float, ...] | None
-
-
-@cache
-def form_of(coefficients: Coefficients) -> tuple[float, float, int] | None:
-    """``(sign, last, degree)`` of ``I + 2 sum_(k < degree) (sign Q)^k + last (sign Q)^degree``,
-    as all series of Cayley's transform are; degree 0 is the exact form; None for another."""
-    if coefficients is None:
-        return 1.0, 0.0, 0
-    degree = len(coefficients) - 1
-    if degree < 1 or coefficients[0] != 1:
-        return None
-    sign = -1.0 if coefficients[1] < 0 else 1.0
-    last = coefficients[-1] * sign**degree
-    whole = (1.0, *(2 * sign**k for k in range(1, degree)), last * sign**degree)
-    return (sign, last, degree) if coefficients == whole else None
+_SMALL = 64  # the largest block whose matrices fit into registers
 
 
 def build(vectors: Tensor, coefficients: Coefficients) -> Tensor:
     """R ``[..., b, b]`` of float32 ``vectors [..., b (b - 1) / 2]``."""
     size, flat = _flat(vectors)
     R = vectors.new_empty(*vectors.shape[:-1], size, size)
-    sign, last, degree = _known(coefficients)
-    spare = _spare(flat, size, 2)
-    constants = degree, size, _tile(size)[0], _STEP
-    grid = flat.shape[0], 1, 1
-    launch(oft_triton.build, grid, (flat, R, spare), (sign, last), constants, **_options(size))
+    *numbers, degree = _known(coefficients)
+    constants, grid, options = (degree, size, _tile(size)[0]), (len(flat), 1, 1), _options(size)
+    if size <= _SMALL:
+        launch(oft_triton.build, grid, (flat, R), (*numbers,), constants, **options)
+        return R
+    tensors = flat, R, flat.new_empty(len(flat), 2, size, size)
+    launch(oft_triton_large.build, grid, tensors, (*numbers,), constants, **options)
     return R
 
 
@@ -55,13 +41,19 @@ def build_backward(
     size, flat = _flat(vectors)
     out = torch.empty_like(flat)
     g = g.contiguous()
-    sign, last, degree = _known(coefficients)
+    *numbers, degree = _known(coefficients)
     sums = max(degree - 1, 0) // 2
-    spare = _spare(flat, size, 3 + sums, always=sums > 1)
-    tensors = flat, g if R is None else R, g, spare, out
-    constants = degree, size, _tile(size)[0], _STEP
-    grid = flat.shape[0], 1, 1
-    launch(oft_triton.build_backward, grid, tensors, (sign, last), constants, **_options(size))
+    large = size > _SMALL
+    matrices = (sums if sums > 1 else 0) + (5 if sums > 1 else 3) * large
+    spare = flat.new_empty(len(flat), matrices, size, size) if matrices else flat
+    launch(
+        (oft_triton_large if large else oft_triton).build_backward,
+        (len(flat), 1, 1),
+        (flat, g if R is None else R.contiguous(), g, spare, out),
+        (*numbers,),
+        (degree, size, _tile(size)[0]),
+        **_options(size),
+    )
     return out.view(vectors.shape)
 
 
@@ -130,7 +122,7 @@ def _strides(R: Tensor) -> tuple[int, int, int, int]:
 
 
 def _known(coefficients: Coefficients) -> tuple[float, float, int]:
-    form = form_of(coefficients)
+    form = series_of(coefficients)
     assert form is not None
     return form
 
@@ -139,12 +131,6 @@ def _flat(vectors: Tensor) -> tuple[int, Tensor]:
     from fadapt.cayley import size_of
 
     return size_of(vectors.shape[-1]), vectors.reshape(-1, vectors.shape[-1]).contiguous()
-
-
-def _spare(flat: Tensor, size: int, matrices: int, always: bool = False) -> Tensor:
-    """Room for so many matrices a block, where it is large."""
-    large = size > 64 or always
-    return flat.new_empty(flat.shape[0], matrices, size, size) if large else flat
 
 
 @cache

@@ -4,6 +4,7 @@ Each is the other's derivative, so both have derivatives of any order, under eve
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.autograd import Function, forward_ad
 from fadapt._function import applied
 from fadapt.bases.precision import gemm_dtype
 from fadapt.kernels.eager import readable
+
+Coefficients = tuple[float, ...] | None
 
 
 def ops(
@@ -44,7 +47,7 @@ def ops(
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
             x, R = ctx.saved_tensors
-            if both is not None and all(ctx.needs_input_grad) and _unrecorded(x, R, g):
+            if both is not None and all(ctx.needs_input_grad) and unrecorded(x, R, g):
                 found = both(x, R, g)
                 if found is not None:
                     return found
@@ -63,14 +66,7 @@ def ops(
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, x: Tensor, R: Tensor) -> Any:
-            each = R.dim() - (in_dims[1] is not None) == 4
-            if in_dims[1] is None:  # one R for all: more rows
-                place = 1 if each else 0
-                return rotate(x.movedim(in_dims[0], place), R), place
-            x, R = stacked(info, in_dims, x, R)
-            if not each:
-                return rotate(x, R), 0
-            return rotate(x.flatten(0, 1), R.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
+            return by_adapter(info, in_dims, x, R, 4, rotate)
 
     class Outer(Function):
         @staticmethod
@@ -116,6 +112,21 @@ def ops(
     return rotate, outer
 
 
+@cache
+def series_of(coefficients: Coefficients) -> tuple[float, float, int] | None:
+    """``(sign, last, degree)`` of ``I + 2 sum_(k < degree) (sign Q)^k + last (sign Q)^degree``,
+    as all series of Cayley's transform are; degree 0 is the exact form; None for another."""
+    if coefficients is None:
+        return 1.0, 0.0, 0
+    degree = len(coefficients) - 1
+    if degree < 1 or coefficients[0] != 1:
+        return None
+    sign = -1.0 if coefficients[1] < 0 else 1.0
+    last = coefficients[-1] * sign**degree
+    whole = (1.0, *(2 * sign**k for k in range(1, degree)), last * sign**degree)
+    return (sign, last, degree) if coefficients == whole else None
+
+
 def turn(x: Tensor, R: Tensor) -> Tensor:
     """``x R`` in x's dtype, in plain torch: what ``rotated`` must equal."""
     kind = gemm_dtype(R)
@@ -132,7 +143,7 @@ def apart(x: Tensor, size: int, lead: Sequence[int]) -> Tensor:
     return x.reshape(*lead, -1, x.shape[-1] // size, size).transpose(-2, -3)
 
 
-def _unrecorded(*tensors: Tensor) -> bool:
+def unrecorded(*tensors: Tensor) -> bool:
     """Whether nothing differentiates or maps over what is done with these."""
     return (
         not torch.is_grad_enabled()
@@ -140,6 +151,21 @@ def _unrecorded(*tensors: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and readable(*tensors)
     )
+
+
+def by_adapter(
+    info: Any, in_dims: Any, x: Tensor, turn: Tensor, many: int, call: Callable[..., Tensor]
+) -> tuple[Tensor, int]:
+    """A vmap's rule of what takes rows and rotations, the latter of ``many`` axes where each has a
+    kth of the rows."""
+    each = turn.dim() - (in_dims[1] is not None) == many
+    if in_dims[1] is None:  # one for all: more rows
+        place = 1 if each else 0
+        return call(x.movedim(in_dims[0], place), turn), place
+    x, turn = stacked(info, in_dims, x, turn)
+    if not each:
+        return call(x, turn), 0
+    return call(x.flatten(0, 1), turn.flatten(0, 1)).unflatten(0, x.shape[:2]), 0
 
 
 def stacked(info: Any, in_dims: Any, *tensors: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ import triton.language as tl
 # Newton's last step begins at an |E|_F^2 below it, and leaves an E of half an eps of float32.
 ENOUGH = tl.constexpr(5e-8)
 MOST_STEPS = tl.constexpr(64)  # it begins with one for each factor of 2 in |Q|^2
-CLOSE = tl.constexpr("tf32x3")
+CLOSE = tl.constexpr("ieee" if triton.knobs.runtime.interpret else "bf16x6")
 
 
 @triton.jit
@@ -18,19 +18,19 @@ def exact_dot(a, b):
 
 @triton.jit
 def close_dot(a, b):
-    """Of float32, each factor as two numbers of TF32, 22 of its 24 bits: three times as fast. R is
-    still closer to a rotation than what a solve in float32 gives."""
+    """Of float32, each factor as three numbers of bfloat16, which hold its 24 bits: as exact, on
+    tensor cores. (TF32 in three parts has 22 bits, and wants the second factor transposed.)"""
     return tl.dot(a, b, input_precision=CLOSE)
 
 
 @triton.jit
-def _at(i, j, size: tl.constexpr):
+def at_of(i, j, size: tl.constexpr):
     """Offset and mask of elements of a block."""
     return i * size + j, (i < size) & (j < size)
 
 
 @triton.jit
-def _skewed(vector, i, j, size: tl.constexpr):
+def skewed(vector, i, j, size: tl.constexpr):
     """Elements of Q, from its upper triangle by rows."""
     low = tl.minimum(i, j)
     place = low * (2 * size - low - 1) // 2 + tl.maximum(i, j) - low - 1
@@ -39,84 +39,56 @@ def _skewed(vector, i, j, size: tl.constexpr):
 
 
 @triton.jit
-def _times(
-    a, b, left, right, size: tl.constexpr, width: tl.constexpr, step: tl.constexpr
-):  # fmt: skip
-    """``a b`` of two blocks; of large ones, which registers and shared memory have no room for,
-    by way of ``left`` and ``right`` in memory."""
-    if width <= 64:
-        total = close_dot(a, b)
-    else:
-        rows = tl.arange(0, width)
-        at, inside = _at(rows[:, None], rows[None, :], size)
-        tl.store(left + at, a, mask=inside)
-        tl.store(right + at, b, mask=inside)
-        tl.debug_barrier()
-        total = tl.zeros((width, width), tl.float32)
-        for start in range(0, width, step):
-            some = start + tl.arange(0, step)
-            of_left, held = _at(rows[:, None], some[None, :], size)
-            x = tl.load(left + of_left, mask=held, other=0.0)
-            of_right, held_right = _at(some[:, None], rows[None, :], size)
-            y = tl.load(right + of_right, mask=held_right, other=0.0)
-            total += close_dot(x, y)
-        tl.debug_barrier()
-    return total
-
-
-@triton.jit
 def build(
-    vectors, R, spare, sign, last,
-    degree: tl.constexpr, size: tl.constexpr, width: tl.constexpr, step: tl.constexpr,
+    vectors, R, sign, last, degree: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """R of one block, from its vector; ``spare`` holds two matrices of each large block."""
+    """R of one block, from its vector."""
     n = tl.program_id(0).to(tl.int64)
     vector, R = vectors + n * (size * (size - 1) // 2), R + n * size * size
-    left, right = spare + 2 * n * size * size, spare + (2 * n + 1) * size * size
     i = tl.arange(0, width)[:, None]
     j = tl.arange(0, width)[None, :]
-    at, inside = _at(i, j, size)
+    at, inside = at_of(i, j, size)
     eye = tl.where((i == j) & inside, 1.0, 0.0)
-    Q = sign * _skewed(vector, i, j, size)
+    Q = sign * skewed(vector, i, j, size)
     P = Q
     if degree != 1:
-        P = _times(Q, Q, left, right, size, width, step)
+        P = close_dot(Q, Q)
     if degree == 0:
         # Newton and Schulz: X + X E of E = I - (I + Q) X, which squares E. It begins at
         # X = s (I - Q), s = 2 / (2 + T), where (I + Q) X = s (I - Q^2) lies between s and
         # s (1 + T): T bounds the square of Q's largest eigenvalue, which comes in pairs.
-        bound = tl.minimum(0.5 * _square(Q), tl.sqrt(0.5 * _square(P)))
+        bound = tl.minimum(0.5 * square(Q), tl.sqrt(0.5 * square(P)))
         start = 2 / (2 + bound)
         X = start * (eye - Q)
         E = (1 - start) * eye + start * P
-        wrong, before, again, n = _square(E), tl.full((), 2.0, tl.float32), start == start, 0
+        wrong, before, again, n = square(E), tl.full((), 2.0, tl.float32), start == start, 0
         while again:
-            X += _times(X, E, left, right, size, width, step)
+            X += close_dot(X, E)
             # Below 1/4 it falls to a fourth at least, or it is rounding that is left.
             falls = (before > 0.25) | (4 * wrong < before)
             again = (wrong > ENOUGH) & falls & (n < MOST_STEPS)
             if again:
-                E = eye - X - _times(Q, X, left, right, size, width, step)
+                E = eye - X - close_dot(Q, X)
                 before = wrong
-                wrong = _square(E)
+                wrong = square(E)
                 n += 1
         tl.store(R + at, 2 * X - eye, mask=inside)
     else:
         # By Horner in P, the series beginning with 2 I: A_k = A_(k+1) P + 2 I + 2 Q.
-        A = _highest(Q, P, eye, last, degree)
+        A = highest(Q, P, eye, last, degree)
         for _ in range((degree - 1) // 2):
-            A = _times(A, P, left, right, size, width, step) + 2 * (eye + Q)
+            A = close_dot(A, P) + 2 * (eye + Q)
         tl.store(R + at, A - eye, mask=inside)
 
 
 @triton.jit
-def _square(A):
+def square(A):
     """``|A|_F^2``."""
     return tl.sum(tl.sum(A * A, 1), 0)
 
 
 @triton.jit
-def _highest(Q, P, eye, last, degree: tl.constexpr):
+def highest(Q, P, eye, last, degree: tl.constexpr):
     """The first of Horner's sums, with the highest power: of an even degree, that of P."""
     if degree % 2 == 0:
         A = 2 * (eye + Q) + last * P
@@ -128,10 +100,10 @@ def _highest(Q, P, eye, last, degree: tl.constexpr):
 @triton.jit
 def build_backward(
     vectors, R, g, spare, out, sign, last,
-    degree: tl.constexpr, size: tl.constexpr, width: tl.constexpr, step: tl.constexpr,
+    degree: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """A vector's gradient from that of R; ``spare`` holds two matrices of each large block, and,
-    of more than six terms, the sums of Horner's scheme."""
+    """A vector's gradient from that of R; of more than six terms, ``spare`` holds the sums of
+    Horner's scheme."""
     n = tl.program_id(0).to(tl.int64)
     length: tl.constexpr = size * (size - 1) // 2
     top: tl.constexpr = 0 if degree == 0 else (degree - 1) // 2
@@ -141,45 +113,44 @@ def build_backward(
         g + n * size * size,
         out + n * length,
     )
-    left = spare + n * (3 + top) * size * size
-    right, sums = left + size * size, left + 2 * size * size
+    sums = spare + n * top * size * size
     i = tl.arange(0, width)[:, None]
     j = tl.arange(0, width)[None, :]
-    at, inside = _at(i, j, size)
+    at, inside = at_of(i, j, size)
     eye = tl.where((i == j) & inside, 1.0, 0.0)
     G = tl.load(g + at, mask=inside, other=0.0)
     if degree == 0:
         # -1/2 (R + I)^T G (R + I)^T
         half = tl.load(R + j * size + i, mask=inside, other=0.0) + eye
-        S = _times(half, G, left, right, size, width, step)
-        S = -0.5 * _times(S, half, left, right, size, width, step)
+        S = close_dot(half, G)
+        S = -0.5 * close_dot(S, half)
     elif degree == 1:
         S = sign * last * G
     else:
         # Back through Horner's scheme, as _pulled_back of cayley.py. A_k^T is A_k of -Q.
-        Q = sign * _skewed(vector, i, j, size)
-        P = _times(Q, Q, left, right, size, width, step)
-        A = _highest(-Q, P, eye, last, degree)
+        Q = sign * skewed(vector, i, j, size)
+        P = close_dot(Q, Q)
+        A = highest(-Q, P, eye, last, degree)
         if top > 1:
             for k in range(top - 1):
-                tl.store(sums + (top - k) * size * size + at, A, mask=inside)
-                A = _times(A, P, left, right, size, width, step) + 2 * (eye - Q)
-            tl.store(sums + size * size + at, A, mask=inside)
+                tl.store(sums + (top - 1 - k) * size * size + at, A, mask=inside)
+                A = close_dot(A, P) + 2 * (eye - Q)
+            tl.store(sums + at, A, mask=inside)
             tl.debug_barrier()
         S, of_P = tl.zeros((width, width), tl.float32), tl.zeros((width, width), tl.float32)
         for k in range(top):
             S += 2 * G
             if top > 1:
-                A = tl.load(sums + (k + 1) * size * size + at, mask=inside, other=0.0)
-            of_P += _times(A, G, left, right, size, width, step)
-            G = _times(G, P, left, right, size, width, step)
+                A = tl.load(sums + k * size * size + at, mask=inside, other=0.0)
+            of_P += close_dot(A, G)
+            G = close_dot(G, P)
         if degree % 2 == 0:
             S += 2 * G
             of_P += last * G
         else:
             S += last * G
         of_P += tl.trans(of_P)
-        S = sign * (S - _times(of_P, Q, left, right, size, width, step))
+        S = sign * (S - close_dot(of_P, Q))
     place = i * (2 * size - i - 1) // 2 + j - i - 1
     tl.store(out + place, S - tl.trans(S), mask=(i < j) & (j < size))
 
@@ -246,7 +217,7 @@ def rotate_back(
         b = tl.load(g + place, mask=inside, other=0.0)
         tl.store(dx + place, _turned(b, back), mask=inside)
         total += _gram(a, b)
-    at, inside = _at(i, j, size)
+    at, inside = at_of(i, j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)
 
 
@@ -267,5 +238,5 @@ def outer(
         a = tl.load(x + place, mask=inside, other=0.0)
         b = tl.load(g + place, mask=inside, other=0.0)
         total += _gram(a, b)
-    at, inside = _at(tl.arange(0, tile)[:, None], j, size)
+    at, inside = at_of(tl.arange(0, tile)[:, None], j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)

@@ -1,0 +1,175 @@
+"""OFT's build and rotation as one op: it is the two that it replaces, under every transform."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+from torch.utils._pytree import tree_leaves
+
+import fadapt as fa
+import fadapt.cayley
+from fadapt.cayley import rotation, rotations
+from fadapt.kernels import oft_cpu, oft_cpu_rows
+from fadapt.kernels.oft_turn import rotate, turn_by, turned
+from fadapt.testing import assert_pure
+
+EPS64 = torch.finfo(torch.float64).eps
+OWN = (1.0, -2.0, 2.0, -2.0, 2.0)
+PEFT = (1.0, 2.0, 2.0, 2.0, 1.0)
+FORMS = [None, OWN, PEFT, (1.0, -2.0), (1.0, 2.0, 1.0), (1.0, -2.0, 2.0, -2.0)]
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_turned(coefficients: Any) -> Any:
+    return lambda x, v: turned(oft_cpu_rows, x, v, coefficients)
+
+
+def by_two(coefficients: Any) -> Any:
+    return lambda x, v: rotate(x, fadapt.cayley._plain(v, coefficients))
+
+
+@pytest.mark.parametrize("many", [2, 3, 64], ids=["part of one", "one", "several"])
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
+@pytest.mark.parametrize("coefficients", FORMS, ids=str)
+def test_value_and_gradients(coefficients: Any, shared: bool, many: int, monkeypatch: Any):
+    t, size = 5, 4
+    rows = 3 * t if shared else t
+    monkeypatch.setattr(oft_cpu, "CHUNK_BYTES", many * rows * size * 8)
+    v = 0.1 * gaussian(5, 1 if shared else 3, 6)
+    x, g = gaussian(5, t, 12, seed=1), gaussian(5, t, 12, seed=2)
+    for x_needs in (True, False):
+        found = []
+        for f in (by_turned(coefficients), vmap(by_two(coefficients))):
+            leaves = [x.clone().requires_grad_(x_needs), v.clone().requires_grad_()]
+            y = f(*leaves)
+            found.append([y, *torch.autograd.grad(y, leaves[1 - x_needs :], g)])
+        for got, want in zip(*found, strict=True):
+            assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
+
+
+@pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
+def test_every_transform(coefficients: Any):
+    v, x = 0.1 * gaussian(2, 3, 6), gaussian(4, 12, seed=1)
+    xs = gaussian(2, 4, 12, seed=2)
+
+    def results(f: Any) -> list[Tensor]:
+        def loss(x: Tensor, v: Tensor) -> Tensor:
+            y = f(x, v)  # not its norm, which no rotation moves
+            return (y * y.cos()).sum()
+
+        def slope(x: Tensor, v: Tensor) -> Tensor:
+            return sum(t.square().sum() for t in grad(loss, (0, 1))(x, v))
+
+        def plain(*given: Tensor) -> Any:
+            return torch.autograd.grad(loss(*given), given, create_graph=True)
+
+        leaves = [t.clone().requires_grad_() for t in (x, v[0])]
+        first = plain(*leaves)
+        return tree_leaves(
+            [
+                f(x, v[0]),
+                first,
+                torch.autograd.grad(sum(t.square().sum() for t in first), leaves),
+                torch.autograd.grad(loss(leaves[0], v[0]), leaves[0]),
+                grad(loss, (0, 1))(x, v[0]),
+                grad(slope, (0, 1))(x, v[0]),
+                torch.func.jvp(f, (x, v[0]), (x.flip(0), v[1])),
+                vmap(f, (None, 0))(x, v),
+                vmap(f, (0, None), 1)(xs, v[0]),
+                vmap(vmap(f, (0, None)), (None, 0))(xs, v),
+                vmap(vmap(f, (None, 0)), (0, None))(xs, v),
+                vmap(grad(loss, (0, 1)))(xs, v),
+                torch.autograd.grad(
+                    vmap(loss, (None, 0))(leaves[0], leaves[1].expand(2, 3, 6)).sum(), leaves
+                ),
+                torch.func.hessian(loss, 1)(x, v[0]),
+            ]
+        )
+
+    for got, want in zip(results(by_turned(coefficients)), results(by_two(coefficients)), strict=1):
+        assert (got - want).abs().max() <= 1000 * EPS64 * want.abs().max()
+    assert torch.autograd.gradcheck(
+        by_turned(coefficients),
+        (x.clone().requires_grad_(), v[0].clone().requires_grad_()),
+        check_forward_ad=True,
+        check_batched_grad=True,
+    )
+
+
+@pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
+def test_same_bits_pure_and_what_it_keeps(coefficients: Any):
+    v, x = (0.05 * gaussian(3, 16, 120)).float(), gaussian(3, 8, 256).float()
+    y = turn_by(x, v, coefficients)
+    assert y is not None
+    assert torch.equal(y, rotate(x, rotation(v, coefficients)))
+    assert_pure(lambda: by_turned(coefficients)(x, v), [x, v])
+    kept: list[Tensor] = []
+    v.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        by_turned(coefficients)(x, v)
+    # The exact form keeps R as well, which a series builds again in the cache.
+    assert [t.numel() for t in kept] == [
+        x.numel(),
+        v.numel(),
+        *[3 * 16**3] * (coefficients is None),
+    ]
+
+
+def test_where_it_is_taken():
+    v, x = gaussian(4, 6).float(), gaussian(4, 16).float()
+    assert turn_by(x, v, OWN) is not None
+    assert turn_by(x.repeat(2, 1), v, OWN) is None  # products of blocks are the cheaper
+    assert turn_by(x.repeat(2, 1), v, None) is not None
+    assert turn_by(x.repeat(4, 1), v, None) is None
+    assert turn_by(x.bfloat16(), v, None) is None
+    assert turn_by(x[:0], v, None) is None
+    with torch.autocast("cpu"):
+        assert turn_by(x, v, None) is None
+
+
+@pytest.mark.parametrize("cayley", ["exact", "neumann"])
+def test_a_large_layer_of_a_forward(cayley: str):
+    width = 1024  # 32 blocks, of 4 adapters: large
+    model = nn.Sequential(nn.Linear(width, 4, bias=False), nn.Linear(4, 4))
+    method = fa.OFT(block_size=32, cayley=cayley, targets=["0"])
+    forward = fa.bind(model, method)
+    many = {"0": fa.OFTParams(0.02 * gaussian(5, 32, 496).float())}
+    x = gaussian(5, 3, width, seed=1).float()
+
+    def loss(params: Any, x: Tensor) -> Tensor:
+        return forward(params, x).square().sum()
+
+    def prepared(params: Any, x: Tensor) -> Tensor:
+        return loss(forward.prepare(params), x)
+
+    (value, grads), (want, wanted) = (
+        fa.value_and_grad(f, in_dims=(0, 0))(many, x) for f in (loss, prepared)
+    )
+    assert torch.equal(value, want)
+    of, other = grads["0"].oft_R, wanted["0"].oft_R
+    # Sums of 32 x 3 products, in another order, of numbers as large as the largest.
+    assert (of - other).abs().max() <= 64 * torch.finfo(torch.float32).eps * other.abs().max()
+
+
+@pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
+def test_rotations_of_several_layers(coefficients: Any):
+    several = [0.3 * gaussian(r, 6, seed=r) for r in (1, 3, 2)]
+
+    def results(f: Any) -> list[Tensor]:
+        leaves = [v.clone().requires_grad_() for v in several]
+        blocks = f(leaves)
+        loss = sum(((n + 1) * R.square() * R).sum() for n, R in enumerate(blocks))
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
+        only = torch.autograd.grad(f(leaves)[1].sum(), leaves, allow_unused=True)[1]
+        return [*blocks, *first, *second, only]
+
+    got = results(lambda v: rotations(v, coefficients))
+    want = results(lambda v: [fadapt.cayley._plain(one, coefficients) for one in v])
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 1000 * EPS64 * b.abs().max()
