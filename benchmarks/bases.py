@@ -106,14 +106,17 @@ def refused(step: Callable[[], object]) -> bool:
     return False
 
 
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
+def graphed(run: Callable[[], object]) -> Callable[[], object] | None:
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception:  # torchao's product of int8, which asks the host
+        return None
     return graph.replay
 
 
@@ -131,7 +134,8 @@ def measure(
     def timed(sides: dict[str, Callable[[], object]]) -> dict[str, float]:
         sides = {name: run for name, run in sides.items() if not refused(run)}
         if graph:
-            sides = {name: graphed(run) for name, run in sides.items()}
+            replays = {name: graphed(run) for name, run in sides.items()}
+            sides = {name: run for name, run in replays.items() if run is not None}
         return medians(sides, device, seconds)
 
     with torch.no_grad():

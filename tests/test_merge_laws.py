@@ -4,6 +4,7 @@ its bytes: an unchanged weight, a hundred cycles, in a state or in a module.
 AQLM, which has no grid, is in test_merge_aqlm.py; INC's states of a Gaudi in test_inc_states.py.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -186,6 +187,11 @@ def test_an_unchanged_weight_gives_back_its_bytes(name, dtype):
         again = base.requantize(base.dequantize(kind))
         for one, two in zip(tree_leaves(again), tree_leaves(base), strict=True):
             assert same_bytes(one, two)
+    if name != "dense":  # which has NaN and Inf of its own
+        broken = base.dequantize(F32).clone()
+        broken[1, 2], broken[3, 4] = math.nan, math.inf
+        with pytest.raises(AdapterError, match=r"holds (2 )?NaN or Inf"):
+            base.requantize(broken)
     model = nn.Sequential(layer_of(name, 16, 8, dtype))
     for method in (fa.LoRA(rank=2), fa.OFT(block_size=4)):
         nothing = fa.init(method, model, generator=torch.Generator().manual_seed(0))

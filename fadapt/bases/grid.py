@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fadapt.errors import ConfigError
+from fadapt.errors import AdapterError, ConfigError
 
 SCALES = ("auto", "keep", "fresh")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -215,8 +215,18 @@ def requantize(base: Any, weight: Tensor, scales: str) -> Any:
     """``weight`` ``[out, in]`` as a base like ``base``, rounded to nearest.
 
     The ``requantize`` of every format that lies on a grid; see :meth:`Grid.choose`.
+
+    Raises:
+        AdapterError: a weight that is not finite, which no code stands for.
     """
     grid: Grid = base.grid()
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    grid = grid.choose(*grid.extent(wide), scales)
+    ends = grid.extent(wide)
+    if not all(bool(end.isfinite().all()) for end in ends):
+        raise AdapterError(
+            f"the weight {list(weight.shape)} to requantize holds "
+            f"{int((~weight.isfinite()).sum())} NaN or Inf, for which {type(base).__name__} has no "
+            "code. Look where they come from: an adapter that diverged, most often."
+        )
+    grid = grid.choose(*ends, scales)
     return base.on_grid(grid, grid.nearest(wide))
