@@ -23,8 +23,7 @@ import torch
 from peft import LoraConfig, OFTConfig, get_peft_model
 from timing import machine, medians
 from torch import nn
-from torch.func import vjp
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import fadapt as fa
@@ -112,15 +111,12 @@ def fadapt_step(model: nn.Module, method: fa.Method, xs: torch.Tensor, job: str)
         return lambda p: run(p, xs[0]), params
 
     def micro(params: Any) -> Any:
-        if isinstance(method, fa.OFT):
-            prepared, back = vjp(method.prepare, params)
-        else:
-            prepared, back = forward.prepare(params), None
-        total = None
-        for x in xs:
-            _, grads = run(prepared, x)
-            total = grads if total is None else tree_map(torch.add, total, grads)
-        return total if back is None else back(total)
+        prepared, back = fa.vjp(forward.prepare, params)
+        first, *others = (tree_flatten(run(prepared, x)[1]) for x in xs)
+        total, spec = first
+        for grads, _ in others:
+            torch._foreach_add_(total, grads)
+        return back(tree_unflatten(total, spec))
 
     return micro, params
 

@@ -14,7 +14,7 @@ from fadapt.export import check_export, export
 from fadapt.export_run import load_export
 from fadapt.functional import Forward, bind
 from fadapt.generation import generate
-from fadapt.gradients import value_and_grad
+from fadapt.gradients import value_and_grad, vjp
 from fadapt.graphs import cuda_graph
 from fadapt.lora import LoRA, LoRABiasParams, LoRAParams
 from fadapt.lora_conv import ConvLoRA as _ConvLoRA  # noqa: F401 - registers it
@@ -88,4 +88,5 @@ __all__ = [
     "unmerged_model",
     "unstack",
     "value_and_grad",
+    "vjp",
 ]

@@ -60,7 +60,11 @@ def mapped(function: Any, run: Callable[..., Any], args: tuple[Any, ...]) -> Any
     interpreter: Any = retrieve_current_functorch_interpreter()
     level = interpreter.level()
     below = [
-        _functorch._unwrap_batched(a, level) if isinstance(a, Tensor) else (a, None) for a in args
+        # Of a transform inside of this one that is over: a pull-back called after its vjp.
+        _functorch._unwrap_batched(_functorch.unwrap_if_dead(a), level)
+        if isinstance(a, Tensor)
+        else (a, None)
+        for a in args
     ]
     dims = tuple(dim for _, dim in below)
     values = [value for value, _ in below]

@@ -1,6 +1,6 @@
-"""Gradients by plain reverse mode: ``torch.func.grad_and_value``'s result without its cost."""
+"""Gradients by plain reverse mode: what ``torch.func`` gives, without its cost."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -70,12 +70,71 @@ def value_and_grad(
         # woken for each backward, and its caches are cold.
         with torch.autograd.set_multithreading_enabled(False):
             found = torch.autograd.grad(total, leaves, allow_unused=True)
-        grads = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)
-        ]
-        return value.detach(), whole(grads)
+        return value.detach(), whole(_filled(found, leaves))
 
     return run
+
+
+def vjp(function: Callable[[Any], Any], params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A function's value at ``params``, and what takes a gradient back through it.
+
+    What ``torch.func.vjp`` gives, by plain autograd, as :func:`value_and_grad` does it; inside a
+    transform it is ``torch.func.vjp``. For what several steps share: prepare once, add up the
+    gradients of micro-batches with respect to what was prepared, and bring them back once.
+
+    Args:
+        function: of a pytree of tensors, to another.
+        params: a pytree of floating tensors.
+
+    Returns:
+        ``(value, back)``: the value, detached; and ``back(grads)``, which takes a pytree shaped as
+        the value and returns one shaped as ``params``, zeros where the value does not depend on a
+        leaf. It can be called more than once.
+
+    Example:
+        >>> import torch, fadapt
+        >>> model, method = torch.nn.Linear(8, 3), fadapt.OFT(block_size=4)
+        >>> params = fadapt.init(method, model)
+        >>> forward = fadapt.bind(model, method)
+        >>> step = fadapt.value_and_grad(lambda p, x: forward(p, x).square().sum())
+        >>> prepared, back = fadapt.vjp(forward.prepare, params)
+        >>> one, two = (step(prepared, x)[1] for x in torch.ones(2, 5, 8))
+        >>> grads = back(torch.utils._pytree.tree_map(torch.add, one, two))
+        >>> grads[""].oft_R.shape
+        torch.Size([2, 6])
+    """
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        pulled: Any = torch.func.vjp(function, params)
+        value, pull = pulled
+        return value, lambda grads: pull(grads)[0]
+    leaves, whole = _flatten(params)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        outputs, shaped = _flatten(function(whole(leaves)))
+    reached = [n for n, output in enumerate(outputs) if output.requires_grad]
+
+    def back(grads: Any) -> Any:
+        given, _ = _flatten(grads)
+        if [g.shape for g in given] != [output.shape for output in outputs]:
+            wanted, got = ([list(t.shape) for t in tensors] for tensors in (outputs, given))
+            raise AdapterError(f"a gradient is shaped as the value: expected {wanted}, got {got}.")
+        with torch.autograd.set_multithreading_enabled(False):
+            found = torch.autograd.grad(
+                [outputs[n] for n in reached],
+                leaves,
+                [given[n] for n in reached],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return whole(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
+        )
+
+    return shaped([output.detach() for output in outputs]), back
+
+
+def _filled(grads: Iterable[Tensor | None], leaves: Iterable[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
 
 
 def _flatten(params: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
