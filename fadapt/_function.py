@@ -47,10 +47,21 @@ def applied(function: type[Function]) -> Callable[..., Any]:
             return function.apply(*args)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return forward(*args)
-        return plain(*[_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
+        return plain(*args)
 
-    # Torch's own apply, in Python, does the same to the tensors, and looks for a setup_context.
-    plain: Any = super(Function, Plain).apply  # type: ignore[misc]
+    plain = direct(Plain)
+    return run
+
+
+def direct(function: Any) -> Callable[..., Any]:
+    """``function.apply`` outside of the transforms, for a Function without ``setup_context``, which
+    torch's own apply, in Python, looks for."""
+    apply: Any = super(Function, function).apply
+
+    def run(*args: Any) -> Any:
+        # A tensor that outlived its transform hides what it was made of.
+        return apply(*[_functorch.unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args])
+
     return run
 
 

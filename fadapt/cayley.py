@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fadapt._function import applied
+from fadapt._function import applied, direct
 from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
 from fadapt.kernels.oft_ops import Coefficients, series_of, stacked
 
@@ -31,7 +31,7 @@ def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
 
 
 def rotations(vectors: Sequence[Tensor], coefficients: Coefficients) -> Sequence[Tensor]:
-    """:func:`rotation` of several layers' vectors ``[r, m]`` of one m, together."""
+    """:func:`rotation` of several layers' vectors ``[..., r, m]`` of one m, together."""
     looked_at = (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -245,25 +245,23 @@ class _Several(Function):
 
     @staticmethod
     def forward(ctx: Any, coefficients: Coefficients, *vectors: Tensor) -> tuple[Tensor, ...]:
-        flat = torch.cat(vectors)
+        flat = torch.cat(vectors, -2)
         R: Tensor = rotation(flat, coefficients)
-        ctx.coefficients, ctx.counts = coefficients, [len(v) for v in vectors]
-        ctx.kept = flat, R if coefficients is None else None
-        ctx.save_for_backward(*vectors)
-        return tuple(R.split(ctx.counts))
+        ctx.coefficients, ctx.counts = coefficients, [v.shape[-2] for v in vectors]
+        ctx.save_for_backward(flat, R if coefficients is None else None, *vectors)
+        return tuple(R.split(ctx.counts, -3))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        vectors, (flat, R) = ctx.saved_tensors, ctx.kept
+        flat, R, *vectors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            flat = torch.cat(vectors)
-            R = rotation(flat, ctx.coefficients) if ctx.coefficients is None else None
-        found = back_by_kernels(flat, R, torch.cat(grads), ctx.coefficients)
-        return None, *found.split(ctx.counts)
+            flat = torch.cat(vectors, -2)
+        found = back_by_kernels(flat, R, torch.cat(grads, -3), ctx.coefficients)
+        return None, *found.split(ctx.counts, -2)
 
 
 _by_kernels = applied(_ByKernels)
-_several: Any = super(Function, _Several).apply  # type: ignore[misc]
+_several = direct(_Several)
 back_by_kernels = applied(_BackByKernels)
 
 

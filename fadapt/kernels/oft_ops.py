@@ -132,7 +132,7 @@ def turn(x: Tensor, R: Tensor) -> Tensor:
     kind = gemm_dtype(R)
     size, (wide, R) = R.shape[-1], (t.to(kind) for t in (x, R))
     if R.shape[:-2] == (1,):
-        turned: Tensor = wide.unflatten(-1, (-1, size)) @ R[0]
+        turned: Tensor = wide.reshape(*wide.shape[:-1], wide.shape[-1] // size, size) @ R[0]
         return turned.reshape(x.shape).to(x.dtype)
     rows = apart(wide, size, R.shape[:-3])
     turned = torch.bmm(rows, R) if R.dim() == 3 else rows @ R  # which takes five nodes of autograd
