@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
 import fadapt as fa
 import fadapt.cayley
 from fadapt.cayley import rotation, rotations
-from fadapt.kernels import oft_cpu, oft_cpu_rows
+from fadapt.kernels import oft_cpu
 from fadapt.kernels.oft_turn import rotate, turn_by, turned
 from fadapt.testing import assert_pure
 
@@ -26,7 +27,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def by_turned(coefficients: Any) -> Any:
-    return lambda x, v: turned(oft_cpu_rows, x, v, coefficients)
+    return lambda x, v: turned(x, v, coefficients)
 
 
 def by_two(coefficients: Any) -> Any:
@@ -52,9 +53,10 @@ def test_value_and_gradients(coefficients: Any, shared: bool, many: int, monkeyp
             assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
 @pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
-def test_every_transform(coefficients: Any):
-    v, x = 0.1 * gaussian(2, 3, 6), gaussian(4, 12, seed=1)
+def test_every_transform(coefficients: Any, shared: bool):
+    v, x = 0.1 * gaussian(2, 1 if shared else 3, 6), gaussian(4, 12, seed=1)
     xs = gaussian(2, 4, 12, seed=2)
 
     def results(f: Any) -> list[Tensor]:
@@ -85,7 +87,7 @@ def test_every_transform(coefficients: Any):
                 vmap(vmap(f, (None, 0)), (0, None))(xs, v),
                 vmap(grad(loss, (0, 1)))(xs, v),
                 torch.autograd.grad(
-                    vmap(loss, (None, 0))(leaves[0], leaves[1].expand(2, 3, 6)).sum(), leaves
+                    vmap(loss, (None, 0))(leaves[0], leaves[1].expand_as(v)).sum(), leaves
                 ),
                 torch.func.hessian(loss, 1)(x, v[0]),
             ]
@@ -120,6 +122,30 @@ def test_same_bits_pure_and_what_it_keeps(coefficients: Any):
     ]
 
 
+@pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
+def test_of_wrappers(coefficients: Any):
+    v, x = 0.1 * gaussian(3, 6), gaussian(4, 12, seed=1)
+
+    def results(f: Any) -> list[Tensor]:
+        leaves, made = [x.clone().requires_grad_(), v.clone().requires_grad_()], []
+
+        def leaking(x: Tensor, v: Tensor) -> Tensor:
+            made.extend([x.sin(), v.sin()])
+            return x.sum()
+
+        grad(leaking)(*leaves)  # what is made has outlived its transform
+        pair = f(x, TwoTensor(v, 2 * v))
+        return [*torch.autograd.grad(f(*made).pow(3).sum(), leaves), pair.a, pair.b]
+
+    def of_several(x: Tensor, v: Tensor) -> Tensor:
+        return rotate(x, rotations([v, v], coefficients)[1])
+
+    want = results(by_two(coefficients))
+    for f in (by_turned(coefficients), of_several):
+        for a, b in zip(results(f), want, strict=True):
+            assert (a - b).abs().max() <= 100 * EPS64 * b.abs().max()
+
+
 def test_where_it_is_taken():
     v, x = gaussian(4, 6).float(), gaussian(4, 16).float()
     assert turn_by(x, v, OWN) is not None
@@ -128,6 +154,11 @@ def test_where_it_is_taken():
     assert turn_by(x.repeat(4, 1), v, None) is None
     assert turn_by(x.bfloat16(), v, None) is None
     assert turn_by(x[:0], v, None) is None
+    kept: list[Tensor] = []
+    xs, v = x.repeat(8, 1, 1), v.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        vmap(lambda x: turn_by(x, v, OWN))(xs)  # of each sample few rows, and many of all
+    assert any(t.shape[-2:] == (4, 4) and t.numel() == 4 * 4**2 for t in kept)  # R: two ops
     with torch.autocast("cpu"):
         assert turn_by(x, v, None) is None
 
@@ -167,9 +198,25 @@ def test_rotations_of_several_layers(coefficients: Any):
         first = torch.autograd.grad(loss, leaves, create_graph=True)
         second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
         only = torch.autograd.grad(f(leaves)[1].sum(), leaves, allow_unused=True)[1]
-        return [*blocks, *first, *second, only]
+        stacked = f([torch.stack([v, v.sin()]) for v in leaves])
+        by_stacks = torch.autograd.grad(sum(R.pow(3).sum() for R in stacked), leaves)
+        return [*blocks, *first, *second, only, *stacked, *by_stacks]
 
     got = results(lambda v: rotations(v, coefficients))
     want = results(lambda v: [fadapt.cayley._plain(one, coefficients) for one in v])
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 1000 * EPS64 * b.abs().max()
+
+
+def test_what_several_layers_keep():
+    kept: list[Tensor] = []
+    several = [gaussian(r, 6, seed=r).requires_grad_() for r in (1, 3)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rotations(several, None)
+    assert any(t.shape == (4, 4, 4) for t in kept)  # R, which backward frees
+    blocks = rotations(several, None)
+    loss = blocks[1].sum()
+    with torch.no_grad():
+        blocks[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -95,7 +95,7 @@ def turned_back(
     into = None if dx is None else _each(dx, vectors, size)
     of, dof = (t.reshape(*rows.shape[:2], -1) for t in (vectors, dv))
     kept = None if R is None else R.reshape(*of.shape[:2], size, size)
-    for part, (a, b, d, *spare), (Q, E) in _parts(rows, 8 + len(coefficients or ()), 2):
+    for part, (a, b, d, *spare), (Q, E) in _parts(rows, 5 + len(coefficients or ()), 2):
         a, b = _copied(rows[part], a), _copied(back[part], b)
         if kept is None:
             oft_cpu.skew_into(of[part].flatten(0, 1), Q)

@@ -127,7 +127,7 @@ def build_backward(
     elif degree == 1:
         S = sign * last * G
     else:
-        # Back through Horner's scheme, as _pulled_back of cayley.py. A_k^T is A_k of -Q.
+        # Back through Horner's scheme, as _series_back of oft_cpu.py. A_k^T is A_k of -Q.
         Q = sign * skewed(vector, i, j, size)
         P = close_dot(Q, Q)
         A = highest(-Q, P, eye, last, degree)

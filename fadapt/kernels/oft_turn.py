@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fadapt._function import mapped
+from fadapt._function import direct, mapped
 from fadapt.cayley import back_by_kernels, rotation
 from fadapt.kernels import oft_cpu_rows
-from fadapt.kernels.eager import forward_twice, oft_kernels, usable
+from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
 from fadapt.kernels.oft_ops import Coefficients, by_adapter, turn, unrecorded
 
 _functorch = torch._C._functorch
@@ -44,7 +44,7 @@ def turn_by(x: Tensor, vectors: Tensor, coefficients: Coefficients) -> Tensor | 
         return None
     if not oft_cpu_rows.takes(x, vectors, coefficients):
         return None
-    return turned(oft_cpu_rows, x, vectors, coefficients)
+    return turned(x, vectors, coefficients)
 
 
 def _eager() -> bool:
@@ -55,55 +55,55 @@ def _eager() -> bool:
 
 class _Turn(Function):
     @staticmethod
-    def forward(ctx: Any, kernels: Any, x: Tensor, vectors: Tensor, coefficients: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, vectors: Tensor, coefficients: Coefficients) -> Tensor:
         y: Tensor
-        y, R = kernels.turned(x, vectors, coefficients)
-        ctx.kernels, ctx.coefficients = kernels, coefficients
+        y, R = oft_cpu_rows.turned(x, vectors, coefficients)
+        ctx.coefficients = coefficients
         ctx.save_for_backward(x, vectors, R)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         x, vectors, R = ctx.saved_tensors
-        kernels, coefficients = ctx.kernels, ctx.coefficients
-        needs_x, needs_vectors = ctx.needs_input_grad[1:3]
+        coefficients = ctx.coefficients
+        needs_x, needs_vectors, _ = ctx.needs_input_grad
         plain = unrecorded(x, vectors, g)
         if plain and needs_vectors:
-            dx, dv = kernels.turned_back(x, vectors, R, g, coefficients, needs_x)
-            return None, dx, dv, None
+            return *oft_cpu_rows.turned_back(x, vectors, R, g, coefficients, needs_x), None
         R = R if plain and R is not None else rotation(vectors, coefficients)
-        dx = kernels.rotate(g, R.mT) if needs_x else None
+        dx = oft_cpu_rows.rotate(g, R.mT) if needs_x else None
         dv = None
         if needs_vectors:
-            dR = kernels.outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0)
+            dR = oft_cpu_rows.outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0)
             dR = dR if R.shape[-3] > 1 else dR.sum(-3, keepdim=True)
             dv = back_by_kernels(vectors, R, dR, coefficients)
-        return None, dx, dv, None
+        return dx, dv, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, kernels: Any, x: Tensor, vectors: Tensor, coefficients: Any
-    ) -> Any:
-        return by_adapter(
-            info, in_dims[1:3], x, vectors, 3, lambda a, b: turned(kernels, a, b, coefficients)
-        )
+    def vmap(info: Any, in_dims: Any, x: Tensor, vectors: Tensor, coefficients: Any) -> Any:
+        def run(x: Tensor, vectors: Tensor) -> Tensor:
+            if oft_cpu_rows.takes(x, vectors, coefficients):
+                return turned(x, vectors, coefficients)
+            # Where x alone is mapped over, as by samples, that is more rows for each block.
+            return oft_cpu_rows.rotate(x, rotation(vectors, coefficients))
+
+        return by_adapter(info, in_dims, x, vectors, 3, run)
 
 
-def turned(kernels: Any, x: Tensor, vectors: Tensor, coefficients: Coefficients) -> Tensor:
+def turned(x: Tensor, vectors: Tensor, coefficients: Coefficients) -> Tensor:
     """``x R`` in x's dtype, of R's vectors ``[r, m]``, or ``[k, r, m]`` of which each takes a kth
-    of x's rows; ``kernels`` are those of the device."""
+    of x's rows."""
     level = _functorch.peek_interpreter_stack()
     y: Tensor
     if level is not None and level.key() == _functorch.TransformType.Vmap:
-        y = mapped(_Turn, turned, (kernels, x, vectors, coefficients))
-    elif level is not None or forward_ad._current_level >= 0:
-        y = kernels.rotate(x, rotation(vectors, coefficients))
+        y = mapped(_Turn, turned, (x, vectors, coefficients))
+    elif level is not None or forward_ad._current_level >= 0 or not readable(x, vectors):
+        y = oft_cpu_rows.rotate(x, rotation(vectors, coefficients))
     elif torch.is_grad_enabled():
-        y = _apply(kernels, x, vectors, coefficients)
+        y = _apply(x, vectors, coefficients)
     else:
-        y, _ = kernels.turned(x, vectors, coefficients)
+        y, _ = oft_cpu_rows.turned(x, vectors, coefficients)
     return y
 
 
-# Torch's own apply, in Python, looks for dead transforms' wrappers and for a setup_context.
-_apply: Any = super(Function, _Turn).apply  # type: ignore[misc]
+_apply = direct(_Turn)
