@@ -126,9 +126,7 @@ def vjp(function: Callable[[Any], Any], params: Any) -> tuple[Any, Callable[[Any
                 retain_graph=True,
                 allow_unused=True,
             )
-        return whole(
-            [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
-        )
+        return whole(_filled(found, leaves))
 
     return shaped([output.detach() for output in outputs]), back
 
