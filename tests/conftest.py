@@ -4,6 +4,13 @@
 the process then fails with an error about nested levels.
 """
 
+import os
+
+# Each process of `pytest -n` has a thread for every core. One that waits for its fellows would keep
+# a core busy that another process needs: tests of small operations took up to twenty times as long.
+# The number of threads stays. Read when torch is first imported, and by each child process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from torch._functorch import eager_transforms
