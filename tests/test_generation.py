@@ -115,13 +115,13 @@ def test_sampled_tokens_are_those_of_each_prompt_alone_for_each_seed(base):
     options = {"do_sample": True, "temperature": 0.9, "top_p": 0.95}
     before = torch.get_rng_state()
     seen = set()
-    for seed in range(4):
+    for seed in range(2):
         seeds = [seed + 10 * i for i in range(len(PROMPTS))]
         together = run(case, PROMPTS, seed=seeds, **options)
         for i, prompt in enumerate(PROMPTS):
             assert equal(together[i], run(case, [prompt], seed=seeds[i], **options)[0])
         seen.add(tuple(together.flatten().tolist()))
-    assert len(seen) == 4
+    assert len(seen) == 2
     assert torch.equal(torch.get_rng_state(), before)
     drawn = torch.Generator().manual_seed(0)
     first = run(case, PROMPTS, seed=drawn, **options)
@@ -149,7 +149,7 @@ def test_beams_keep_their_adapters(base):
     model, tokenizer, _, _, adapters = make(base)
     options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0}
     seen = set()
-    for seed in range(4):
+    for seed in range(2):
         other = {n: (randomized(params, seed), m) for n, (params, m) in adapters.items()}
         bank = fa.Bank.holding(model, other)
         case = model, tokenizer, bank, fa.bind_mixed(model, bank.method), other
@@ -158,7 +158,7 @@ def test_beams_keep_their_adapters(base):
             alone = run(case, [prompt], **options)
             assert equal(together[2 * i : 2 * i + 2], alone)
         seen.add(tuple(together.flatten().tolist()))
-    assert len(seen) == 4
+    assert len(seen) == 2
 
 
 def test_nothing_is_changed_and_no_cache_gives_the_same():

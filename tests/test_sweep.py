@@ -90,13 +90,22 @@ def same_run(a, b):
             assert one[name] == two[name], name
 
 
-def test_a_run_that_was_stopped_and_resumed_ends_on_the_same_bytes(paths, tmp_path, capsys):
-    more = ("--lr", "0.02", "--steps", "40", "--dropout", "0.1")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(flags(paths, whole, *more)) == 0
+LONG = ("--lr", "0.02", "--steps", "40", "--dropout", "0.1")
+
+
+@pytest.fixture(scope="module")
+def whole(paths, tmp_path_factory):
+    """The run that the interrupted ones must end as."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert cli.main(flags(paths, out, *LONG)) == 0
+    return out
+
+
+def test_a_run_that_was_stopped_and_resumed_ends_on_the_same_bytes(paths, whole, tmp_path, capsys):
+    cut = tmp_path / "cut"
     before = signal.getsignal(signal.SIGTERM)
     thread = stop_after(cut / "state.safetensors")
-    assert cli.main(flags(paths, cut, *more)) == 128 + signal.SIGTERM
+    assert cli.main(flags(paths, cut, *LONG)) == 128 + signal.SIGTERM
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     told = capsys.readouterr().out
@@ -106,10 +115,9 @@ def test_a_run_that_was_stopped_and_resumed_ends_on_the_same_bytes(paths, tmp_pa
     same_run(whole, cut)
 
 
-def test_a_run_that_was_killed_resumes_from_its_last_state(paths, tmp_path):
-    more = ("--lr", "0.02", "--steps", "60")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    process = subprocess.Popen([sys.executable, "-m", "fadapt", *flags(paths, cut, *more)])
+def test_a_run_that_was_killed_resumes_from_its_last_state(paths, whole, tmp_path):
+    cut = tmp_path / "cut"
+    process = subprocess.Popen([sys.executable, "-m", "fadapt", *flags(paths, cut, *LONG)])
     state = cut / "state.safetensors"
     first = None
     while process.poll() is None:
@@ -119,15 +127,14 @@ def test_a_run_that_was_killed_resumes_from_its_last_state(paths, tmp_path):
             process.kill()
         time.sleep(0.001)
     assert process.wait() == -signal.SIGKILL
-    assert cli.main(flags(paths, whole, *more)) == 0
-    assert cli.main(flags(paths, cut, *more, "--resume")) == 0
+    assert cli.main(flags(paths, cut, *LONG, "--resume")) == 0
     same_run(whole, cut)
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_the_state_as_it_was(paths, tmp_path, capsys):
+def test_a_disk_that_is_full_is_told_and_leaves_the_state_as_it_was(paths, whole, tmp_path, capsys):
     out = tmp_path / "run"
     thread = stop_after(out / "state.safetensors")
-    assert cli.main(flags(paths, out, "--steps", "40")) == 128 + signal.SIGTERM
+    assert cli.main(flags(paths, out, *LONG)) == 128 + signal.SIGTERM
     thread.join()
     before = (out / "state.safetensors").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -143,6 +150,7 @@ def test_a_disk_that_is_full_is_told_and_leaves_the_state_as_it_was(paths, tmp_p
     assert (out / "state.safetensors").read_bytes() == before
     assert [p.name for p in out.iterdir()] == ["state.safetensors"]
     assert cli.main(["sweep", "--resume", "--out", str(out)]) == 0
+    same_run(whole, out)
 
 
 def test_one_wild_adapter_is_reported_and_the_others_are_saved_as_usual(paths, tmp_path, capsys):
