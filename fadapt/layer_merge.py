@@ -69,10 +69,9 @@ def merge_layer(
     codes = torch.empty_like(like.codes())
     saturated = 0
     for rows, weight in _weights(adapted, blocks):
-        grid = shared
-        if grid is None:
-            grid = _at(whole, rows)
-            low, high = grid.extent(weight)
+        grid = shared or _at(whole, rows)
+        low, high = grid.extent(weight)
+        if shared is None:
             _check_finite(low, high, rows, path, safe)
             grid = grid.choose(low, high, scales)
             if rounding.kind == "search" and grid.span is not None:
@@ -81,7 +80,8 @@ def merge_layer(
                 scale[rows] = grid.scale
                 if zero is not None and grid.zero is not None:
                     zero[rows] = grid.zero
-        saturated += grid.saturated(weight)
+        if not grid.holds(low, high):  # whose ends say it, where all fits
+            saturated += grid.saturated(weight)
         if rounding.kind == "stochastic" and rounding.generator is not None:
             codes[rows] = stochastic(grid, weight, rounding.generator)
         else:

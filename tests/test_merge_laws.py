@@ -243,4 +243,5 @@ def test_kept_scales_saturate_and_the_report_counts_it(name):
     codes = merged.base.codes().float()
     assert bool((codes[beyond].abs() >= grid.high).all())
     fresh = fa.merge_report(model, params, method, scales="fresh").layers["0"]
-    assert fresh.saturated <= merged.base.scale.numel()  # a block's amax, by its rounding
+    # A block's amax lies on the last half step, and beyond it where its scale was rounded down.
+    assert fresh.saturated <= (merged.base.scale.numel() if base.scale.dtype != F32 else 0)

@@ -128,6 +128,10 @@ class Grid:
             zero = torch.where(where, other.zero, zero)
         return replace(self, scale=torch.where(where, other.scale, self.scale), zero=zero)
 
+    def holds(self, smallest: Tensor, largest: Tensor) -> bool:
+        """Whether blocks of this extent lie within the grid's ends, up to rounding."""
+        return self.span is None or bool((self._fits(smallest) & self._fits(largest)).all())
+
     def saturated(self, weight: Tensor) -> int:
         """How many elements lie beyond the grid's ends, by more than rounding."""
         if self.span is None:
@@ -156,7 +160,10 @@ class Grid:
             # What rounds to the last code: a W that was rounded to bfloat16 may lie beyond it.
             half = 2.0 ** math.floor(math.log2(self.high)) * torch.finfo(self.kind).eps / 2
             return levels.abs() < self.high + half
-        return (levels.round() >= self.low) & (levels.round() <= self.high)
+        # Half a step beyond an end included, where a fresh symmetric scale puts the largest, but
+        # for float32's rounding of the scale and of the quotient.
+        half = 0.5 + 4 * torch.finfo(torch.float32).eps * (self.high - self.low)
+        return (levels >= self.low - half) & (levels <= self.high + half)
 
     def _fits(self, reach: Tensor) -> Tensor:
         levels = reach / self.scale
