@@ -63,10 +63,8 @@ def merge_layer(
         )
     whole, moment = like.grid(), rounding.moment(path, adapted.in_features)
     # Rounding to nearest holds the fewest blocks: larger ones cost as little, and run faster.
-    blocks, shared = (
-        list(row_blocks(adapted, 2 ** (19 if rounding.kind == "nearest" else 18))),
-        None,
-    )
+    limit = 2**19 if rounding.kind == "nearest" else 2**18
+    blocks, shared = list(row_blocks(adapted, limit)), None
     if whole.tall and whole.span is not None:
         shared = _shared(adapted, path, like, blocks, rounding, moment, scales, safe)
     scale, zero = whole.scale.clone(), None if whole.zero is None else whole.zero.clone()
