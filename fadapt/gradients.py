@@ -91,6 +91,9 @@ def vjp(function: Callable[[Any], Any], params: Any) -> tuple[Any, Callable[[Any
         the value and returns one shaped as ``params``, zeros where the value does not depend on a
         leaf. It can be called more than once.
 
+    Raises:
+        AdapterError: by ``back``: a gradient that is not shaped as the value.
+
     Example:
         >>> import torch, fadapt
         >>> model, method = torch.nn.Linear(8, 3), fadapt.OFT(block_size=4)

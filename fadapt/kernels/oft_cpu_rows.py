@@ -62,17 +62,15 @@ def turned(x: Tensor, vectors: Tensor, coefficients: Coefficients) -> tuple[Tens
     size = size_of(vectors.shape[-1])
     y = x.new_empty(x.shape)
     rows, into = (_each(t, vectors, size) for t in (x, y))
-    kept = None
-    if coefficients is None:
-        kept = vectors.new_empty(*vectors.shape[:-1], size, size)
     of = vectors.reshape(*rows.shape[:2], -1)
+    kept = vectors.new_empty(*rows.shape[:2], size, size) if coefficients is None else None
     for part, (a, out), (built, *spare) in _parts(rows, 2, 7):
-        R = built if kept is None else kept.view(*of.shape[:2], size, size)[part].flatten(0, 1)
+        R = built if kept is None else kept[part].flatten(0, 1)
         oft_cpu.build_into(of[part].flatten(0, 1), coefficients, spare, R)
         taken = rows[part]
         torch.bmm(_copied(taken, a), R, out=out)
         into[part] = out.view(taken.shape)
-    return y, kept
+    return y, None if kept is None else kept.view(*vectors.shape[:-1], size, size)
 
 
 def turned_back(

@@ -54,8 +54,7 @@ def ops(
             dx = rotate(g, R.mT) if ctx.needs_input_grad[0] else None
             dR = None
             if ctx.needs_input_grad[1]:
-                dR = outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0).to(R.dtype)
-                dR = dR if R.shape[-3] > 1 else dR.sum(-3, keepdim=True)
+                dR = of_blocks(outer, x, g, R)
             return dx, dR
 
         @staticmethod
@@ -110,6 +109,12 @@ def ops(
     rotate: Callable[..., Tensor] = applied(Rotate)
     outer: Callable[..., Tensor] = applied(Outer)
     return rotate, outer
+
+
+def of_blocks(outer: Callable[..., Tensor], x: Tensor, g: Tensor, R: Tensor) -> Tensor:
+    """The gradient of ``x R`` with respect to R, from that with respect to it."""
+    found = outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0).to(R.dtype)
+    return found if R.shape[-3] > 1 else found.sum(-3, keepdim=True)
 
 
 @cache

@@ -16,7 +16,7 @@ from fadapt._function import direct, mapped
 from fadapt.cayley import back_by_kernels, rotation
 from fadapt.kernels import oft_cpu_rows
 from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
-from fadapt.kernels.oft_ops import Coefficients, by_adapter, turn, unrecorded
+from fadapt.kernels.oft_ops import Coefficients, by_adapter, of_blocks, turn, unrecorded
 
 _functorch = torch._C._functorch
 
@@ -74,8 +74,7 @@ class _Turn(Function):
         dx = oft_cpu_rows.rotate(g, R.mT) if needs_x else None
         dv = None
         if needs_vectors:
-            dR = oft_cpu_rows.outer(x, g, R.shape[-1], R.shape[0] if R.dim() == 4 else 0)
-            dR = dR if R.shape[-3] > 1 else dR.sum(-3, keepdim=True)
+            dR = of_blocks(oft_cpu_rows.outer, x, g, R)
             dv = back_by_kernels(vectors, R, dR, coefficients)
         return dx, dv, None
 
