@@ -18,6 +18,7 @@ from fadapt.bases import Base
 from fadapt.bases.precision import without_autocast
 from fadapt.cayley import eye_like, rotation, rotations, size_of
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.oft_fused import left_to_gpu, turn_on_gpu
 from fadapt.kernels.oft_turn import rotate, turn_by
 from fadapt.method import ready
 from fadapt.rows import Rows, keep_base
@@ -277,7 +278,8 @@ class OFT:
         """
         if keep is None and isinstance(params, OFTParams) and self.cayley != "auto":
             vectors = self._constrained(params.oft_R)
-            turned = turn_by(x, vectors, self._coefficients)
+            fused = turn_on_gpu if x.is_cuda else turn_by
+            turned = fused(x, vectors, self._coefficients)
             return base.linear(rotate(x, self._build(vectors)) if turned is None else turned)
         blocks = self.rotation(params)
         if keep is not None:
@@ -373,9 +375,16 @@ class OFT:
 
 @ready.register
 def _(method: OFT, params: Mapping[str, Any], bases: Mapping[str, Base]) -> dict[str, Any]:
-    # A large layer on a CPU, which gains nothing by others beside it, builds R with its rotation.
-    large = {p for p, at in params.items() if isinstance(at, OFTParams) and _large(at.oft_R)}
-    return method._prepared(params, large)
+    # A large layer on a CPU, which gains nothing by others beside it, builds R with its rotation;
+    # and so does a series on a GPU, which for few rows is summed where it rotates.
+    own = method.cayley == "neumann" and not method.block_share and method.dropout == 0
+    series = method._coefficients if own else None
+    left = {
+        path
+        for path, at in params.items()
+        if isinstance(at, OFTParams) and (_large(at.oft_R) or left_to_gpu(at.oft_R, series))
+    }
+    return method._prepared(params, left)
 
 
 def _project(vectors: Tensor, eps: float) -> Tensor:
@@ -394,7 +403,7 @@ def _block_size(params: Params) -> int:
 
 def _large(tensor: Tensor) -> bool:
     """Whether these vectors, all that ``vmap`` maps over, are large for a CPU."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if not tensor.is_cpu or torch.compiler.is_compiling():
         return False
     while torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)

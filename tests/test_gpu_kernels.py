@@ -5,13 +5,16 @@ reads no bfloat16).
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
+import fadapt as fa
 from fadapt.cayley import _plain
+from fadapt.method import ready
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -146,6 +149,96 @@ def test_jacobians_and_batched_gradients():
     assert share(got, torch.stack(want).double()) <= 2 * EPS
 
 
+@pytest.mark.parametrize("size", [4, 20, 64])
+@pytest.mark.parametrize("series", [name for name in SERIES if name != "exact"])
+def test_an_activation_turned_by_vectors_and_every_derivative(series: str, size: int):
+    coefficients = SERIES[series]
+    x, v = gaussian(2, 35, 2 * size), gaussian(2, size * (size - 1) // 2, std=0.5 / size**0.5)
+    xs, vs = torch.stack([x, 2 * x]), torch.stack([v, -v])
+    assert oft_gpu.turns(x, v, coefficients)
+
+    def turned(x, v):
+        return oft_gpu.turned(x, v, coefficients)
+
+    def by_two(x, v):
+        return apart(x, _plain(v, coefficients))
+
+    def slopes(y, *inputs):
+        return torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+
+    def results(f, x, v, xs, vs):
+        x, v, xs, vs = (t.clone().requires_grad_() for t in (x, v, xs, vs))
+        yield f(x, v)
+        yield from slopes(f(x, v), x, v)
+        yield from slopes(f(x.detach(), v), v)
+        yield from slopes(f(x, v.detach()), x)
+        yield from slopes(slopes(f(x, v), v)[0], x, v)
+        yield from slopes(vmap(f)(xs, vs), xs, vs)
+        yield from slopes(vmap(f, (0, None), 1)(xs, v), xs, v)
+        yield from slopes(vmap(f, (None, 1))(x, vs.mT.movedim(1, 2)), x, vs)
+        yield from slopes(vmap(vmap(f), (None, 0))(xs, torch.stack([vs, 2 * vs])), xs, vs)
+        y, several = f(x, v), torch.stack([x.detach().roll(1, 1), 3 * x.detach().flip(0)])
+        yield from torch.autograd.grad(y, (x, v), several, is_grads_batched=True)
+
+    got = list(results(turned, x, v, xs, vs))
+    want = list(results(by_two, *(t.double() for t in (x, v, xs, vs))))
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert share(a.detach(), b.detach()) <= 16 * EPS, k
+
+
+def test_when_vectors_turn():
+    own, x, v = SERIES["own"], gaussian(3, 64), gaussian(2, 32 * 31 // 2)
+    assert oft_gpu.turns(x, v, own)
+    assert oft_gpu.turns(x.half(), v, own)
+    assert not oft_gpu.turns(x, v, None)
+    assert not oft_gpu.turns(x, v, (1.0, 3.0, 2.0))
+    assert not oft_gpu.turns(x, v[:1], own)  # one block for all
+    assert not oft_gpu.turns(x, v.double(), own)
+    assert not oft_gpu.turns(x[:0], v, own)
+    assert not oft_gpu.turns(x.expand(400, 3, 64), v, own)
+    assert not oft_gpu.turns(gaussian(3, 128), gaussian(1, 128 * 127 // 2), own)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of a forward it knows nothing")
+def test_a_forward_that_turns_by_vectors():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32)).to(DEVICE)
+    method = fa.OFT(block_size=32, cayley="neumann")
+    params = {
+        path: fa.OFTParams(gaussian(*leaf.oft_R.shape, std=0.05))
+        for path, leaf in fa.init(method, model).items()
+    }
+    forward, x = fa.bind(model, method), gaussian(7, 64, seed=1)
+
+    def loss(params, x):
+        return forward(params, x).square().sum()
+
+    many, xs = fa.stack([params, params]), torch.stack([x, 2 * x])
+    pairs = [
+        (fa.value_and_grad(loss)(params, x), torch.func.grad_and_value(loss)(params, x)[::-1]),
+        (
+            fa.value_and_grad(loss, in_dims=(0, 0))(many, xs),
+            vmap(torch.func.grad_and_value(loss))(many, xs)[::-1],
+        ),
+    ]
+    for got, want in pairs:
+        for a, b in zip(*map(torch.utils._pytree.tree_leaves, (got, want)), strict=True):
+            assert share(a, b.double()) <= 32 * EPS
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert forward(params, x).dtype == torch.bfloat16
+    prepared = forward.prepare(params)
+    assert share(forward(params, x), forward(prepared, x).double()) <= 16 * EPS
+    # Which layers are left to do so: nothing but vmap looks on, and no block is dropped.
+    for other, left in ((method, True), (replace(method, dropout=0.5), False)):
+        leaves = ready(other, params, {}).values()
+        assert all(isinstance(leaf, fa.OFTParams) == left for leaf in leaves)
+    jvp(lambda p: all_prepared(ready(method, p, {})), (params,), (params,))
+
+
+def all_prepared(leaves):
+    assert not any(isinstance(leaf, fa.OFTParams) for leaf in leaves.values())
+    return leaves
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no product of bfloat16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_rounded_once(dtype: torch.dtype):
@@ -159,6 +252,21 @@ def test_low_precision_is_rounded_once(dtype: torch.dtype):
     slope = oft_gpu._outer(x, g, 32, 0)
     exact = torch.einsum("tri,trj->rij", *(t.double().unflatten(-1, (3, 32)) for t in (x, g)))
     assert share(slope, exact) <= 4 * EPS
+
+
+@pytest.mark.skipif(INTERPRETED, reason="it launches nothing")
+def test_a_profiler_sees_every_launch():
+    from triton import knobs
+
+    vectors, seen = gaussian(5, 6), []
+    hook, want = seen.append, oft_gpu.build(vectors, None)
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert torch.equal(oft_gpu.build(vectors, None), want)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert torch.equal(oft_gpu.build(vectors, None), want)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ Coefficients = tuple[float, ...] | None
 def ops(
     rotated: Callable[[Tensor, Tensor], Tensor],
     products: Callable[[Tensor, Tensor, int, int], Tensor],
-    both: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None,
+    both: Callable[..., tuple[Tensor | None, Tensor] | None] | None = None,
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """``rotate(x, R)`` and ``outer(x, g, size, k)``; the bodies take plain tensors.
 
@@ -31,7 +31,7 @@ def ops(
         products: ``x^T g`` of x, g ``[..., in]``, block by block: ``[in / b, b, b]``, b the
             ``size``, in float32 at least; with k > 0, ``[k, in / b, b, b]``, each of a kth of the
             rows.
-        both: of x, R and g the two gradients, where that is faster; or None.
+        both: of x, R, g, and whether x needs one, the two gradients, where that is faster; or None.
     """
 
     class Rotate(Function):
@@ -47,14 +47,13 @@ def ops(
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
             x, R = ctx.saved_tensors
-            if both is not None and all(ctx.needs_input_grad) and unrecorded(x, R, g):
-                found = both(x, R, g)
+            needs_x, needs_R = ctx.needs_input_grad
+            if both is not None and needs_R and unrecorded(x, R, g):
+                found = both(x, R, g, needs_x)
                 if found is not None:
                     return found
-            dx = rotate(g, R.mT) if ctx.needs_input_grad[0] else None
-            dR = None
-            if ctx.needs_input_grad[1]:
-                dR = of_blocks(outer, x, g, R)
+            dx = rotate(g, R.mT) if needs_x else None
+            dR = of_blocks(outer, x, g, R) if needs_R else None
             return dx, dR
 
         @staticmethod

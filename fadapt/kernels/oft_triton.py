@@ -50,13 +50,11 @@ def build(
     at, inside = at_of(i, j, size)
     eye = tl.where((i == j) & inside, 1.0, 0.0)
     Q = sign * skewed(vector, i, j, size)
-    P = Q
-    if degree != 1:
-        P = close_dot(Q, Q)
     if degree == 0:
         # Newton and Schulz: X + X E of E = I - (I + Q) X, which squares E. It begins at
         # X = s (I - Q), s = 2 / (2 + T), where (I + Q) X = s (I - Q^2) lies between s and
         # s (1 + T): T bounds the square of Q's largest eigenvalue, which comes in pairs.
+        P = close_dot(Q, Q)
         bound = tl.minimum(0.5 * square(Q), tl.sqrt(0.5 * square(P)))
         start = 2 / (2 + bound)
         X = start * (eye - Q)
@@ -74,11 +72,20 @@ def build(
                 n += 1
         tl.store(R + at, 2 * X - eye, mask=inside)
     else:
-        # By Horner in P, the series beginning with 2 I: A_k = A_(k+1) P + 2 I + 2 Q.
-        A = highest(Q, P, eye, last, degree)
-        for _ in range((degree - 1) // 2):
-            A = close_dot(A, P) + 2 * (eye + Q)
-        tl.store(R + at, A - eye, mask=inside)
+        tl.store(R + at, series(Q, eye, last, degree), mask=inside)
+
+
+@triton.jit
+def series(Q, eye, last, degree: tl.constexpr):
+    """R of Q, its sign being that of the series; of -Q, R's transpose."""
+    P = Q
+    if degree != 1:
+        P = close_dot(Q, Q)
+    # By Horner in P, the series beginning with 2 I: A_k = A_(k+1) P + 2 I + 2 Q.
+    A = highest(Q, P, eye, last, degree)
+    for _ in range((degree - 1) // 2):
+        A = close_dot(A, P) + 2 * (eye + Q)
+    return A - eye
 
 
 @triton.jit
@@ -124,11 +131,30 @@ def build_backward(
         half = tl.load(R + j * size + i, mask=inside, other=0.0) + eye
         S = close_dot(half, G)
         S = -0.5 * close_dot(S, half)
-    elif degree == 1:
-        S = sign * last * G
+    else:
+        Q = sign * skewed(vector, i, j, size)
+        S = sign * series_back(Q, G, eye, sums, at, inside, last, degree, size)
+    fold(S, out, i, j, size)
+
+
+@triton.jit
+def fold(S, out, i, j, size: tl.constexpr):
+    """Store the vector's gradient, from that of Q."""
+    place = i * (2 * size - i - 1) // 2 + j - i - 1
+    tl.store(out + place, S - tl.trans(S), mask=(i < j) & (j < size))
+
+
+@triton.jit
+def series_back(
+    Q, G, eye, sums, at, inside, last, degree: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """The gradient of Q from that of R; of more than six terms, ``sums`` holds those of Horner's
+    scheme."""
+    top: tl.constexpr = (degree - 1) // 2
+    if degree == 1:
+        S = last * G
     else:
         # Back through Horner's scheme, as _series_back of oft_cpu.py. A_k^T is A_k of -Q.
-        Q = sign * skewed(vector, i, j, size)
         P = close_dot(Q, Q)
         A = highest(-Q, P, eye, last, degree)
         if top > 1:
@@ -137,7 +163,7 @@ def build_backward(
                 A = close_dot(A, P) + 2 * (eye - Q)
             tl.store(sums + at, A, mask=inside)
             tl.debug_barrier()
-        S, of_P = tl.zeros((width, width), tl.float32), tl.zeros((width, width), tl.float32)
+        S, of_P = tl.zeros_like(Q), tl.zeros_like(Q)
         for k in range(top):
             S += 2 * G
             if top > 1:
@@ -150,9 +176,8 @@ def build_backward(
         else:
             S += last * G
         of_P += tl.trans(of_P)
-        S = sign * (S - close_dot(of_P, Q))
-    place = i * (2 * size - i - 1) // 2 + j - i - 1
-    tl.store(out + place, S - tl.trans(S), mask=(i < j) & (j < size))
+        S -= close_dot(of_P, Q)
+    return S
 
 
 @triton.jit
@@ -199,7 +224,7 @@ def rotate(
 @triton.jit
 def rotate_back(
     x, g, R, dx, out, t, wide, R_k, R_r, R_i, R_j,
-    size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
+    needs_x: tl.constexpr, size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of ``rotate``, ``g R^T`` and ``x^T g``, of one block, over all rows."""
     block = tl.program_id(0)
@@ -215,7 +240,8 @@ def rotate_back(
         place = (k * t + row) * wide + block * size + j
         a = tl.load(x + place, mask=inside, other=0.0)
         b = tl.load(g + place, mask=inside, other=0.0)
-        tl.store(dx + place, _turned(b, back), mask=inside)
+        if needs_x:
+            tl.store(dx + place, _turned(b, back), mask=inside)
         total += _gram(a, b)
     at, inside = at_of(i, j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)
@@ -240,3 +266,55 @@ def outer(
         total += _gram(a, b)
     at, inside = at_of(tl.arange(0, tile)[:, None], j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)
+
+
+@triton.jit
+def turn(
+    x, vectors, y, t, wide, sign, last,
+    degree: tl.constexpr, size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """``rotate`` by the series of a block's vector."""
+    block = tl.program_id(1)
+    k = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)[:, None]
+    i = tl.arange(0, tile)[:, None]
+    j = tl.arange(0, tile)[None, :]
+    vector = vectors + (k * (wide // size) + block) * (size * (size - 1) // 2)
+    eye = tl.where((i == j) & (i < size), 1.0, 0.0)
+    R = series(sign * skewed(vector, i, j, size), eye, last, degree)
+    inside = (row < t) & (j < size)
+    place = (k * t + row) * wide + block * size + j
+    values = tl.load(x + place, mask=inside, other=0.0)
+    tl.store(y + place, _turned(values, R), mask=inside)
+
+
+@triton.jit
+def turn_back(
+    x, g, vectors, spare, dx, out, t, wide, sign, last,
+    needs_x: tl.constexpr,
+    degree: tl.constexpr, size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """The gradients of ``turn``, of one block, over all rows."""
+    block = tl.program_id(0)
+    k = tl.program_id(1).to(tl.int64)
+    n = k * (wide // size) + block
+    length: tl.constexpr = size * (size - 1) // 2
+    i = tl.arange(0, tile)[:, None]
+    j = tl.arange(0, tile)[None, :]
+    at, within = at_of(i, j, size)
+    eye = tl.where((i == j) & within, 1.0, 0.0)
+    Q = sign * skewed(vectors + n * length, i, j, size)
+    back = series(-Q, eye, last, degree)
+    total = tl.zeros((tile, tile), tl.float32)
+    for start in range(0, t, rows):
+        row = (start + tl.arange(0, rows)).to(tl.int64)[:, None]
+        inside = (row < t) & (j < size)
+        place = (k * t + row) * wide + block * size + j
+        a = tl.load(x + place, mask=inside, other=0.0)
+        b = tl.load(g + place, mask=inside, other=0.0)
+        if needs_x:
+            tl.store(dx + place, _turned(b, back), mask=inside)
+        total += _gram(a, b)
+    sums = spare + n * ((degree - 1) // 2) * size * size
+    S = sign * series_back(Q, total, eye, sums, at, within, last, degree, size)
+    fold(S, out + n * length, i, j, size)
