@@ -246,10 +246,10 @@ class _Several(Function):
     @staticmethod
     def forward(ctx: Any, coefficients: Coefficients, *vectors: Tensor) -> tuple[Tensor, ...]:
         flat = torch.cat(vectors, -2)
-        R: Tensor = rotation(flat, coefficients)
+        R = _ByKernels.forward(flat, coefficients)
         ctx.coefficients, ctx.counts = coefficients, [v.shape[-2] for v in vectors]
         ctx.save_for_backward(flat, R if coefficients is None else None, *vectors)
-        return tuple(R.split(ctx.counts, -3))
+        return torch.split_with_sizes(R, ctx.counts, -3)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -257,7 +257,7 @@ class _Several(Function):
         if torch.is_grad_enabled():
             flat = torch.cat(vectors, -2)
         found = back_by_kernels(flat, R, torch.cat(grads, -3), ctx.coefficients)
-        return None, *found.split(ctx.counts, -2)
+        return None, *torch.split_with_sizes(found, ctx.counts, -2)
 
 
 _by_kernels = applied(_ByKernels)
