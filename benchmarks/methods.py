@@ -5,9 +5,10 @@
     python benchmarks/methods.py --device cuda         # 4 layers of 4096 x 4096, bfloat16
     python benchmarks/methods.py --only oft-64-exact   # some of the rows
 
-Three jobs: a step of 512 tokens; a step of 8 micro-batches of 32 tokens, in which fadapt prepares
-once (R for OFT, norms for DoRA) and brings the gradients back once; and a step of K = 16 adapters
-of 32 tokens each, where PEFT loops over them. PEFT's OFT refuses a model that torchao's quantize_
+Four jobs: a step of 512 tokens; one of 32 tokens, of an adapter that fadapt has prepared before (R
+for OFT, norms for DoRA); a step of 8 micro-batches of 32 tokens, with all that it takes to prepare
+once and to bring the gradients back once; and a step of K = 16 adapters of 32 tokens each, where
+PEFT loops over them. PEFT's OFT refuses a model that torchao's quantize_
 made int8: there its side is left out, and fadapt's is set against the base's own step. On a GPU
 fadapt's step is also captured as a CUDA graph (fadapt.cuda_graph).
 """
@@ -109,13 +110,14 @@ def fadapt_step(model: nn.Module, method: fa.Method, xs: torch.Tensor, job: str)
     params = moved()
     if job == "step":
         return lambda p: run(p, xs[0]), params
+    if job == "prepared":
+        return lambda p: run(p, xs[0]), forward.prepare(params)
 
     def micro(params: Any) -> Any:
         prepared, back = fa.vjp(forward.prepare, params)
-        first, *others = (tree_flatten(run(prepared, x)[1]) for x in xs)
-        total, spec = first
-        for grads, _ in others:
-            torch._foreach_add_(total, grads)
+        total, spec = tree_flatten(run(prepared, xs[0])[1])
+        for x in xs[1:]:
+            torch._foreach_add_(total, tree_flatten(run(prepared, x)[1])[0])
         return back(tree_unflatten(total, spec))
 
     return micro, params
@@ -152,7 +154,8 @@ def main() -> None:
     model = base_model(width, args.base, dtype, args.device)
     jobs = {
         "step": (1, 512, "512 tokens"),
-        "prepared": (MICRO, MICRO_TOKENS, f"{MICRO} x {MICRO_TOKENS}, prepared"),
+        "prepared": (1, MICRO_TOKENS, f"{MICRO_TOKENS} tokens, prepared"),
+        "micro": (MICRO, MICRO_TOKENS, f"{MICRO} x {MICRO_TOKENS}, prepared"),
         "adapters": (K, 32, f"K = {K} x 32 tokens"),
     }
     for name, (method, config) in rows(args.rank).items():

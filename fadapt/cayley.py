@@ -4,8 +4,9 @@
 ``R [..., r, b, b]``: with coefficients ``sum_k c_k Q^k``; without, ``(I - Q) (I + Q)^-1``.
 
 In eager mode a device's own kernels build R and take the gradient back, which saves the vectors
-alone (and R, of the exact form): ``kernels/oft_cpu.py`` and ``oft_gpu.py``. The plain torch here is
-what they must equal, what the compiler sees, and what a transform of ``torch.func`` differentiates.
+alone (and R, of the exact form): ``kernels/oft_loops.py`` and ``oft_gpu.py``. The plain torch here
+is what they must equal, what the compiler sees, and what a transform of ``torch.func``
+differentiates.
 """
 
 import math
@@ -63,27 +64,47 @@ def skew(vectors: Tensor) -> Tensor:
 def cayley(Q: Tensor) -> Tensor:
     """``(I - Q) (I + Q)^-1``, orthogonal for a skew-symmetric Q ``[..., b, b]``."""
     eye = eye_like(Q)
-    if Q.device.type != "cpu":
+    if Q.shape[-1] > _solved(Q):
         X = _inverse(eye + Q)
         X = X + X @ (eye - (eye + Q) @ X)  # Newton's step: a large Q loses digits in the halves
         return 2 * X - eye
     if not torch.compiler.is_compiling() and forward_twice():
-        # A jvp of a solve's jvp is half of what it should be (torch 2.13); an inverse's is right.
-        R: Tensor = 2 * torch.linalg.inv(eye + Q) - eye
-        return R
-    R = torch.linalg.solve(eye + Q, eye - Q, left=False)
+        return 2 * _inverse(eye + Q) - eye
+    R: Tensor = torch.linalg.solve_ex(eye + Q, eye - Q, left=False).result
     return R
+
+
+def inverses(blocks: Tensor) -> Tensor:
+    """Those of any blocks ``[r, b, b]``."""
+    if blocks.is_cpu and blocks.shape[-1] > _solved(blocks):
+        return torch.stack([torch.linalg.inv(block) for block in blocks])
+    inverse: Tensor = torch.linalg.inv(blocks)
+    return inverse
+
+
+def _solved(M: Tensor) -> int:
+    """Up to which size matrices are solved whole.
+
+    Of larger ones, a GPU waits for the host, and cannot capture it into a CUDA graph; and on a CPU
+    of several threads, MKL's LU of several matrices of more than some 150 does not return (torch
+    2.13).
+    """
+    return 128 if M.is_cpu else 16
 
 
 def _inverse(M: Tensor) -> Tensor:
     """The inverse of ``[..., b, b]`` whose symmetric part is positive definite, as I + Q's is.
 
-    By halves, with Schur's complement, which such a matrix needs no pivots for. A solve of larger
-    blocks makes a GPU wait for the host, and cannot be captured into a CUDA graph.
+    By halves, with Schur's complement, which such a matrix needs no pivots for.
     """
     size = M.shape[-1]
-    if size <= 16:
-        inverse: Tensor = torch.linalg.solve_ex(M, eye_like(M).expand_as(M)).result
+    if size <= _solved(M):
+        inverse: Tensor
+        if not torch.compiler.is_compiling() and forward_twice():
+            # A jvp of a solve's jvp is half of what it should be (torch 2.13); an inverse's is not.
+            inverse = torch.linalg.inv_ex(M).inverse
+        else:
+            inverse = torch.linalg.solve_ex(M, eye_like(M).expand_as(M)).result
         return inverse
     half = size // 2
     A, B, C, D = (
@@ -270,9 +291,9 @@ def _kernels(coefficients: Coefficients, vectors: Tensor, *others: Tensor) -> An
     if not readable(vectors, *others) or not vectors.numel():
         return None
     if vectors.device.type == "cpu":
-        from fadapt.kernels import oft_cpu
+        from fadapt.kernels.oft_cpu import loops
 
-        return oft_cpu
+        return loops(size_of(vectors.shape[-1]), vectors, *others)
     if not usable(vectors, vectors):
         return None
     gpu = oft_kernels()

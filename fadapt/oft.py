@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
 from fadapt.bases.precision import without_autocast
-from fadapt.cayley import eye_like, rotation, rotations, size_of
+from fadapt.cayley import eye_like, inverses, rotation, rotations, size_of
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.kernels.oft_fused import left_to_gpu, turn_on_gpu
-from fadapt.kernels.oft_turn import rotate, turn_by
+from fadapt.kernels.oft_turn import fuses, large, rotate, turn_by
 from fadapt.method import ready
 from fadapt.rows import Rows, keep_base
 from fadapt.targets import ALL_LINEAR, normalize_targets
@@ -28,8 +27,6 @@ CAYLEY = ("exact", "neumann", "auto")
 FORMS = ("own", "peft")
 # Of cayley="auto": the truncation error up to which a block is left to the series.
 SERIES_TOLERANCE = 1e-3
-# Elements from which on a layer's R is built by itself on a CPU.
-LARGE = 2**16
 
 
 class OFTParams(NamedTuple):
@@ -228,8 +225,7 @@ class OFT:
         for path, leaf in params.items():
             if isinstance(leaf, OFTParams) and path not in left:
                 t = leaf.oft_R
-                # A CPU gains nothing by large ones together, and a copy of them costs.
-                key = t.shape[-1], t.dtype, t.device, path if _large(t) else None
+                key = t.shape[-1], t.dtype, t.device, path if large(t) else None
                 groups.setdefault(key, []).append(path)
         for paths in groups.values():
             if len(paths) == 1:
@@ -278,8 +274,7 @@ class OFT:
         """
         if keep is None and isinstance(params, OFTParams) and self.cayley != "auto":
             vectors = self._constrained(params.oft_R)
-            fused = turn_on_gpu if x.is_cuda else turn_by
-            turned = fused(x, vectors, self._coefficients)
+            turned = turn_by(x, vectors, self._coefficients)
             return base.linear(rotate(x, self._build(vectors)) if turned is None else turned)
         blocks = self.rotation(params)
         if keep is not None:
@@ -304,7 +299,7 @@ class OFT:
         blocks, weight = self._wide_pair(weight, params)
         if self.cayley == "exact" and isinstance(params, OFTParams):
             return rotate(weight, blocks)
-        return rotate(weight, torch.linalg.inv(blocks.mT))
+        return rotate(weight, inverses(blocks.mT))
 
     def merge_bias(self, bias: Tensor | None, params: Params) -> Tensor | None:
         """``b``: a rotation of the input leaves it alone."""
@@ -382,7 +377,7 @@ def _(method: OFT, params: Mapping[str, Any], bases: Mapping[str, Base]) -> dict
     left = {
         path
         for path, at in params.items()
-        if isinstance(at, OFTParams) and (_large(at.oft_R) or left_to_gpu(at.oft_R, series))
+        if isinstance(at, OFTParams) and (large(at.oft_R) or fuses(at.oft_R, series))
     }
     return method._prepared(params, left)
 
@@ -399,15 +394,6 @@ def _project(vectors: Tensor, eps: float) -> Tensor:
 def _block_size(params: Params) -> int:
     (tensor,) = params
     return tensor.shape[-1] if isinstance(params, OFTRotation) else size_of(tensor.shape[-1])
-
-
-def _large(tensor: Tensor) -> bool:
-    """Whether these vectors, all that ``vmap`` maps over, are large for a CPU."""
-    if not tensor.is_cpu or torch.compiler.is_compiling():
-        return False
-    while torch._C._functorch.is_batchedtensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor.numel() >= LARGE
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

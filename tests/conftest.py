@@ -5,11 +5,17 @@ the process then fails with an error about nested levels.
 """
 
 import os
+import tempfile
 
 # Each process of `pytest -n` has a thread for every core. One that waits for its fellows would keep
 # a core busy that another process needs: tests of small operations took up to twenty times as long.
 # The number of threads stays. Read when torch is first imported, and by each child process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# numba's cache does not notice a change of a file that a compiled one imports: compile anew, once
+# for all processes.
+if "NUMBA_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["NUMBA_CACHE_DIR"] = _compiled.name
 
 import pytest
 import torch

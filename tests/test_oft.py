@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import peft
@@ -17,7 +19,7 @@ import fadapt as fa
 import fadapt.cayley
 from fadapt.cayley import polynomial, rotation, skew
 from fadapt.errors import AdapterError, ConfigError
-from fadapt.kernels import oft_cpu, oft_cpu_rows
+from fadapt.kernels import oft_cpu
 from fadapt.testing import assert_pure
 
 EPS = torch.finfo(torch.float32).eps
@@ -177,10 +179,10 @@ def test_the_rotation_does_not_lose_digits_under_autocast():
 
 
 @pytest.mark.parametrize("coefficients", [None, (1.0, -2.0, 2.0, -2.0)], ids=["exact", "series"])
-def test_a_few_blocks_at_a_time_is_the_same(coefficients: Any, monkeypatch: pytest.MonkeyPatch):
+def test_every_derivative_by_loops_is_the_plain_one(coefficients: Any):
     vectors = gaussian((7, 6), std=0.3).double()
 
-    def everything(f: Any) -> Any:
+    def everything(f: Any, vectors: Tensor) -> Any:
         def run(v: Tensor) -> Tensor:
             return f(v, coefficients)
 
@@ -202,10 +204,13 @@ def test_a_few_blocks_at_a_time_is_the_same(coefficients: Any, monkeypatch: pyte
             torch.autograd.grad(vmap(scalar)(stack.requires_grad_()).sum(), stack)[0],
         )
 
-    plain = everything(fadapt.cayley._plain)
-    monkeypatch.setattr(oft_cpu, "CHUNK_BYTES", 2 * 16 * 8)  # two blocks, and one is left
-    for got, want in zip(everything(fadapt.cayley.rotation), plain, strict=True):
-        assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
+    plain = everything(fadapt.cayley._plain, vectors)
+    for kind, eps in ((torch.float64, EPS64), (torch.float32, EPS)):
+        found = everything(fadapt.cayley.rotation, vectors.to(kind))
+        for got, want in zip(found, plain, strict=True):
+            assert got.dtype == kind
+            # Second derivatives of a cube: sums of a hundred terms of both signs.
+            assert (got - want).abs().max() <= 100 * eps * want.abs().max()
     assert torch.autograd.gradcheck(
         lambda v: fadapt.cayley.rotation(v, coefficients),
         vectors.clone().requires_grad_(),
@@ -230,6 +235,27 @@ def test_the_exact_form_by_products_is_a_rotation_to_the_last_digit(size: int, n
     assert (R - want).abs().max() <= digits * EPS
     assert (R.double() @ R.mT.double() - torch.eye(size)).abs().max() <= digits * EPS
     assert torch.equal(fadapt.cayley.rotation(0 * vectors), torch.eye(size).expand_as(R))
+
+
+def test_large_blocks_of_several_threads_come_to_an_end():
+    code = """
+import torch, fadapt as fa
+from fadapt.cayley import cayley, skew
+torch.set_num_threads(2)
+g = torch.Generator().manual_seed(0)
+for dtype in (torch.float32, torch.float64):
+    v = 0.2 * torch.randn(3, 200 * 199 // 2, generator=g, dtype=dtype)
+    Q, eye = skew(v), torch.eye(200, dtype=dtype)
+    want = torch.stack([torch.linalg.solve(eye + q, eye - q, left=False) for q in Q])
+    params = fa.OFTParams(v)
+    for R in (cayley(Q), fa.OFT(block_size=200).rotation(params)):
+        assert (R - want).abs().max() <= 200 * torch.finfo(dtype).eps
+    method = fa.OFT(block_size=200, cayley="neumann")
+    few, weight = fa.OFTParams(v / 40), torch.randn(4, 600, generator=g, dtype=dtype)
+    back = method.unmerge(method.merge(weight, few), few)
+    assert (back - weight).abs().max() <= 100 * torch.finfo(dtype).eps * weight.abs().max()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["", "shared"])
@@ -266,15 +292,15 @@ def test_a_row_its_rotation_and_every_derivative(shared: bool):
         ]
         return torch.utils._pytree.tree_leaves(found)
 
-    for got, want in zip(results(oft_cpu_rows.rotate), results(plain), strict=True):
+    for got, want in zip(results(oft_cpu.rotate), results(plain), strict=True):
         assert (got - want).abs().max() <= 100 * EPS64 * want.abs().max()
     assert torch.autograd.gradcheck(
-        oft_cpu_rows.rotate,
+        oft_cpu.rotate,
         (x.clone().requires_grad_(), R.clone().requires_grad_()),
         check_forward_ad=True,
         check_batched_grad=True,
     )
-    low = oft_cpu_rows.rotate(x.bfloat16(), R.float())
+    low = oft_cpu.rotate(x.bfloat16(), R.float())
     assert low.dtype == torch.bfloat16
     exact = plain(x.bfloat16().double(), R.float().double())
     # Rounded once: half an eps of bfloat16, and float32's own rounding.

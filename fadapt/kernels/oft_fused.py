@@ -13,7 +13,7 @@ from torch.autograd import Function, forward_ad
 
 from fadapt._function import direct, mapped
 from fadapt.cayley import back_by_kernels, rotation
-from fadapt.kernels.eager import oft_kernels, readable, usable
+from fadapt.kernels.eager import readable
 from fadapt.kernels.oft_ops import Coefficients, by_adapter, of_blocks, unrecorded
 
 _functorch = torch._C._functorch
@@ -66,6 +66,7 @@ def fused(
             def run(x: Tensor, vectors: Tensor) -> Tensor:
                 if takes(x, vectors, coefficients):
                     return turned(x, vectors, coefficients)
+                # Where x alone is mapped over, as by samples, that is more rows for each block.
                 return rotate(x, rotation(vectors, coefficients))
 
             return by_adapter(info, in_dims, x, vectors, 3, run)
@@ -87,22 +88,7 @@ def fused(
     return turned
 
 
-def turn_on_gpu(x: Tensor, vectors: Tensor, coefficients: Coefficients) -> Tensor | None:
-    """``x R`` in x's dtype, of R's vectors ``[r, m]``; None where R is better built by itself."""
-    if not usable(x, vectors) or _watched():
-        return None
-    gpu = oft_kernels()
-    return gpu.turned(x, vectors, coefficients) if gpu.turns(x, vectors, coefficients) else None
-
-
-def left_to_gpu(vectors: Tensor, coefficients: Coefficients) -> bool:
-    """Whether :func:`turn_on_gpu` is likely to take these, of an input of few rows."""
-    if coefficients is None or not usable(vectors, vectors):
-        return False
-    return oft_kernels().fuses(vectors, coefficients) and not _watched()
-
-
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a transform looks on that is no ``vmap``."""
     if forward_ad._current_level >= 0:
         return True

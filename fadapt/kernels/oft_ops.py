@@ -19,11 +19,12 @@ Coefficients = tuple[float, ...] | None
 
 
 def ops(
-    rotated: Callable[[Tensor, Tensor], Tensor],
-    products: Callable[[Tensor, Tensor, int, int], Tensor],
+    rotated: Callable[[Tensor, Tensor], Tensor | None],
+    products: Callable[[Tensor, Tensor, int, int], Tensor | None],
     both: Callable[..., tuple[Tensor | None, Tensor] | None] | None = None,
 ) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """``rotate(x, R)`` and ``outer(x, g, size, k)``; the bodies take plain tensors.
+    """``rotate(x, R)`` and ``outer(x, g, size, k)``; the bodies take plain tensors, and
+    return None where plain torch shall do.
 
     Args:
         rotated: ``x R`` in x's dtype, for x ``[..., in]`` and R ``[r, b, b]``, r being ``in / b``
@@ -37,7 +38,8 @@ def ops(
     class Rotate(Function):
         @staticmethod
         def forward(x: Tensor, R: Tensor) -> Tensor:
-            return rotated(x, R) if readable(x, R) else turn(x, R)
+            y = rotated(x, R) if readable(x, R) else None
+            return turn(x, R) if y is None else y
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,8 +71,9 @@ def ops(
     class Outer(Function):
         @staticmethod
         def forward(x: Tensor, g: Tensor, size: int, k: int) -> Tensor:
-            if readable(x, g):
-                return products(x, g, size, k)
+            found = products(x, g, size, k) if readable(x, g) else None
+            if found is not None:
+                return found
             kind = torch.promote_types(x.dtype, torch.float32)
             a, b = (apart(t.to(kind), size, (k,) if k else ()) for t in (x, g))
             return a.mT @ b

@@ -154,7 +154,7 @@ def series_back(
     if degree == 1:
         S = last * G
     else:
-        # Back through Horner's scheme, as _series_back of oft_cpu.py. A_k^T is A_k of -Q.
+        # Back through Horner's scheme, as build_back_series of oft_bodies.py. A_k^T is A_k of -Q.
         P = close_dot(Q, Q)
         A = highest(-Q, P, eye, last, degree)
         if top > 1:
