@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fadapt.bases.precision import without_autocast
+from fadapt.method import to_merge
 
 
 class Step(NamedTuple):
@@ -86,7 +87,7 @@ class Adapted:
         """With one more adapter, checked and prepared on the weight so far."""
         base: Any = self
         method.check(base, params, path)
-        ready = method.prepare({path: params}, {path: base})[path]
+        ready = to_merge(method, {path: params}, {path: base})[path]
         return replace(self, steps=(*self.steps, Step(method, ready)))
 
 

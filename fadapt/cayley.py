@@ -27,7 +27,7 @@ from fadapt.kernels.oft_ops import Coefficients, series_of, stacked
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or forward_twice():
-        return _plain(vectors, coefficients)
+        return plain(vectors, coefficients)
     return _by_kernels(vectors, coefficients)  # type: ignore[no-any-return]
 
 
@@ -160,7 +160,8 @@ def _triangles(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows * size + cols, cols * size + rows
 
 
-def _plain(vectors: Tensor, coefficients: Coefficients) -> Tensor:
+def plain(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
+    """:func:`rotation` in plain torch, whatever the device has."""
     Q = skew(vectors)
     return cayley(Q) if coefficients is None else polynomial(Q, coefficients)
 
@@ -192,7 +193,7 @@ class _ByKernels(Function):
     def forward(vectors: Tensor, coefficients: Coefficients) -> Tensor:
         kernels = _kernels(coefficients, vectors)
         if kernels is None:
-            return _plain(vectors, coefficients)
+            return plain(vectors, coefficients)
         return kernels.build(vectors, coefficients)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -98,6 +98,15 @@ def ready(method: Any, params: Mapping[str, Any], bases: Mapping[str, Base]) -> 
 
 
 @singledispatch
+def to_merge(
+    method: Any, params: Mapping[str, Any], bases: Mapping[str, Base]
+) -> Mapping[str, Any]:
+    """What a merge runs with, which takes a weight's rows part by part."""
+    prepared: Mapping[str, Any] = method.prepare(params, bases)
+    return prepared
+
+
+@singledispatch
 def over(base: Any, method: Any, path: str) -> Any:
     """The method as it stands over this kind of layer: itself, over a linear one.
 

@@ -6,7 +6,7 @@ any base.
 """
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
 from fadapt.bases.precision import without_autocast
-from fadapt.cayley import eye_like, inverses, rotation, rotations, size_of
+from fadapt.cayley import eye_like, inverses, plain, rotations, size_of
+from fadapt.cayley import rotation as by_device
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.oft_ops import turn
 from fadapt.kernels.oft_turn import fuses, large, rotate, turn_by
-from fadapt.method import ready
+from fadapt.method import ready, to_merge
 from fadapt.rows import Rows, keep_base
 from fadapt.targets import ALL_LINEAR, normalize_targets
 
@@ -27,6 +29,9 @@ CAYLEY = ("exact", "neumann", "auto")
 FORMS = ("own", "peft")
 # Of cayley="auto": the truncation error up to which a block is left to the series.
 SERIES_TOLERANCE = 1e-3
+# Elements of R that a merge builds at a time.
+MERGED = 2**16
+Build = Callable[[Tensor, tuple[float, ...] | None], Tensor]
 
 
 class OFTParams(NamedTuple):
@@ -292,14 +297,14 @@ class OFT:
         Computed and returned in the wider of the two dtypes, float32 at least.
         """
         blocks, weight = self._wide_pair(weight, params)
-        return rotate(weight, blocks.mT)
+        return turn(weight, blocks.mT)
 
     def unmerge(self, weight: Tensor, params: Params, rows: slice = slice(None)) -> Tensor:
         """``W R^-T``: the inverse of :meth:`merge`, up to rounding, orthogonal or not."""
         blocks, weight = self._wide_pair(weight, params)
         if self.cayley == "exact" and isinstance(params, OFTParams):
-            return rotate(weight, blocks)
-        return rotate(weight, inverses(blocks.mT))
+            return turn(weight, blocks)
+        return turn(weight, inverses(blocks.mT))
 
     def merge_bias(self, bias: Tensor | None, params: Params) -> Tensor | None:
         """``b``: a rotation of the input leaves it alone."""
@@ -317,15 +322,15 @@ class OFT:
     def _constrained(self, vectors: Tensor) -> Tensor:
         return _project(vectors, self.eps) if self.coft else vectors
 
-    def _build(self, vectors: Tensor) -> Tensor:
+    def _build(self, vectors: Tensor, build: Build = by_device) -> Tensor:
         """``[..., r, b (b - 1) / 2] -> [..., r, b, b]``; in float32 at least, whatever autocast."""
         with without_autocast(vectors):
             kind = _wide(vectors)
             wide = vectors if vectors.dtype == kind else vectors.to(kind)
             if self.cayley == "auto":
-                blocks = self._either(wide)
+                blocks = self._either(wide, build)
             else:
-                blocks = rotation(wide, self._coefficients)
+                blocks = build(wide, self._coefficients)
         return blocks if blocks.dtype == vectors.dtype else blocks.to(vectors.dtype)
 
     def _together(self, vectors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -346,7 +351,7 @@ class OFT:
         # As oft/layer.py of PEFT 0.18 and later, where 3 and 4 terms are one thing.
         return (1.0, 2.0, *[2.0] * (max(self.terms, 4) - 3), 1.0) if self.terms > 2 else (1.0, 2.0)
 
-    def _either(self, vectors: Tensor) -> Tensor:
+    def _either(self, vectors: Tensor, build: Build) -> Tensor:
         # Q's eigenvalues come in pairs +-i t, so the largest t is at most |Q|_F / sqrt(2), the norm
         # of the vector, and what the series leaves out is at most 2 t^terms.
         square = vectors.detach().square().sum(-1)
@@ -358,14 +363,14 @@ class OFT:
         )
         if not traced:
             if bool(converges.all()):
-                return rotation(vectors, self._series())
+                return build(vectors, self._series())
             if not bool(converges.any()):
-                return rotation(vectors)
+                return build(vectors, None)
         # The series of a block that is left to the exact form could overflow, and the gradient of
         # a branch that is not taken is 0 x that.
         small = torch.where(converges[..., None], vectors, 0.0)
-        series = rotation(small, self._series())
-        return torch.where(converges[..., None, None], series, rotation(vectors))
+        series = build(small, self._series())
+        return torch.where(converges[..., None, None], series, build(vectors, None))
 
 
 @ready.register
@@ -380,6 +385,20 @@ def _(method: OFT, params: Mapping[str, Any], bases: Mapping[str, Base]) -> dict
         if isinstance(at, OFTParams) and (large(at.oft_R) or fuses(at.oft_R, series))
     }
     return method._prepared(params, left)
+
+
+@to_merge.register
+def _(method: OFT, params: Mapping[str, Any], bases: Mapping[str, Base]) -> dict[str, Any]:
+    # In plain torch, a few blocks at a time: to compile loops takes more memory than a merge, and
+    # more time than one gains by them.
+    merged = dict(params)
+    for path, leaf in params.items():
+        if isinstance(leaf, OFTParams):
+            vectors = method._constrained(leaf.oft_R)
+            some = max(1, MERGED // size_of(vectors.shape[-1]) ** 2)
+            parts = [method._build(part, plain) for part in vectors.split(some)]
+            merged[path] = OFTRotation(torch.cat(parts))
+    return merged
 
 
 def _project(vectors: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
 import fadapt as fa
-from fadapt.cayley import _plain
+from fadapt.cayley import plain
 from fadapt.method import ready
 
 pytest.importorskip("triton")
@@ -56,7 +56,7 @@ def test_r_and_its_gradient(series: str, size: int, std: float):
         std = 0.5 / size**0.5  # where the series is of any use
     vectors = gaussian(2, 3, size * (size - 1) // 2, std=std)
     wide = vectors.double().requires_grad_()
-    want = _plain(wide, coefficients)
+    want = plain(wide, coefficients)
     R = oft_gpu.build(vectors, coefficients)
     assert share(R, want.detach()) <= 8 * EPS
     g = gaussian(*R.shape, seed=1)
@@ -161,7 +161,7 @@ def test_an_activation_turned_by_vectors_and_every_derivative(series: str, size:
         return oft_gpu.turned(x, v, coefficients)
 
     def by_two(x, v):
-        return apart(x, _plain(v, coefficients))
+        return apart(x, plain(v, coefficients))
 
     def slopes(y, *inputs):
         return torch.autograd.grad(y.square().sum(), inputs, create_graph=True)

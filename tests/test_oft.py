@@ -204,7 +204,7 @@ def test_every_derivative_by_loops_is_the_plain_one(coefficients: Any):
             torch.autograd.grad(vmap(scalar)(stack.requires_grad_()).sum(), stack)[0],
         )
 
-    plain = everything(fadapt.cayley._plain, vectors)
+    plain = everything(fadapt.cayley.plain, vectors)
     for kind, eps in ((torch.float64, EPS64), (torch.float32, EPS)):
         found = everything(fadapt.cayley.rotation, vectors.to(kind))
         for got, want in zip(found, plain, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fadapt as fa
-from fadapt.cayley import _plain
+from fadapt.cayley import plain
 from fadapt.kernels import oft_cpu, oft_loops
 from fadapt.kernels.oft_bodies import ROWS
 from fadapt.kernels.oft_ops import turn
@@ -81,7 +81,7 @@ def test_all_loops_are_the_torch_that_they_stand_for(coefficients: Any, size: in
     x, g = gaussian(k, t, r * size, seed=1), gaussian(k, t, r * size, seed=2)
     G = gaussian(k, r, size, size, seed=3)
     wide = [one.double().requires_grad_() for one in (x, v)]
-    R = _plain(wide[1], coefficients)
+    R = plain(wide[1], coefficients)
     y = turn(wide[0], R)
     wanted = torch.autograd.grad(y, wide, g.double(), retain_graph=True)
 
@@ -178,3 +178,13 @@ def test_without_numba_there_are_none():
     hide = "import sys; sys.modules['numba'] = None\n"
     code = "from fadapt.kernels import oft_cpu; assert oft_cpu._loops() is None"
     subprocess.run([sys.executable, "-W", "ignore", "-c", hide + code], check=True)
+
+
+def test_a_merge_compiles_nothing():
+    code = """
+import sys, torch, fadapt as fa
+model, method = torch.nn.Linear(64, 8), fa.OFT(block_size=32)
+fa.merge(model, {"": fa.OFTParams(0.01 * torch.ones(2, 496))}, method)
+assert "numba" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

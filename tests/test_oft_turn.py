@@ -40,7 +40,7 @@ def by_turned(coefficients: Any) -> Any:
 
 
 def by_two(coefficients: Any) -> Any:
-    return lambda x, v: rotate(x, fadapt.cayley._plain(v, coefficients))
+    return lambda x, v: rotate(x, fadapt.cayley.plain(v, coefficients))
 
 
 @pytest.mark.parametrize("size", [4, 16, 37])
@@ -224,7 +224,7 @@ def test_rotations_of_several_layers(coefficients: Any):
         return [*blocks, *first, *second, only, *stacked, *by_stacks]
 
     got = results(lambda v: rotations(v, coefficients))
-    want = results(lambda v: [fadapt.cayley._plain(one, coefficients) for one in v])
+    want = results(lambda v: [fadapt.cayley.plain(one, coefficients) for one in v])
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 1000 * EPS64 * b.abs().max()
 
