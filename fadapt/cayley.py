@@ -184,8 +184,50 @@ def _fold(G: Tensor) -> Tensor:
     return flat.index_select(-1, upper) - flat.index_select(-1, lower)
 
 
-def _plain_back(vectors: Tensor, g: Tensor, coefficients: Coefficients) -> Tensor:
-    return _fold(_derivative(skew(vectors).mT, g, coefficients))
+def _plain_back(vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Coefficients) -> Tensor:
+    """The gradient with respect to the vectors, from that with respect to R; R itself, of the exact
+    form, saves a solve."""
+    if coefficients is None:
+        R = plain(vectors) if R is None else R
+        half = (R + eye_like(R)).mT
+        return _fold(half @ g @ half / -2)
+    return _fold(_series_back(skew(vectors), g, coefficients))
+
+
+def _series_back(Q: Tensor, g: Tensor, c: Sequence[float]) -> Tensor:
+    """The gradient of ``sum_k c_k Q^k`` with respect to a skew-symmetric Q: but for a symmetric
+    part, which Q's own symmetry has no use for.
+
+    Back through Horner's scheme in P = Q^2, ``A_j = A_(j+1) P + c_2j I + c_(2j+1) Q``. P is
+    symmetric; its gradient G reaches Q as ``-(G Q + Q G)``, and that folds to what
+    ``-(G + G^T) Q`` does: one product for two. In all 4 products for five terms, where autograd
+    takes 6.
+    """
+    if len(c) < 3:
+        return c[1] * g if len(c) == 2 else torch.zeros_like(g)
+    P, eye, even = Q @ Q, eye_like(Q), len(c) % 2 == 1
+    sums: list[Tensor] = []  # A_top, ..., A_1
+    for j in range(len(c) // 2 - 1, 0, -1):
+        A = torch.add(c[2 * j] * eye, Q, alpha=c[2 * j + 1])
+        if sums:
+            A = A + sums[-1] @ P
+        elif even:
+            A = torch.add(A, P, alpha=c[-1])
+        sums.append(A)
+    of_Q, of_P, moved = c[1] * g, None, g
+    for j, A in enumerate(reversed(sums), 1):
+        of_P = A.mT @ moved if of_P is None else of_P + A.mT @ moved
+        moved = moved @ P
+        of_Q = torch.add(of_Q, moved, alpha=c[2 * j + 1])
+    if even:
+        of_P = c[-1] * moved if of_P is None else torch.add(of_P, moved, alpha=c[-1])
+    assert of_P is not None
+    return of_Q - (of_P + of_P.mT) @ Q
+
+
+def _again(vectors: Tensor, g: Tensor, coefficients: Coefficients) -> Tensor:
+    """:func:`_plain_back` as a function of the vectors too."""
+    return _plain_back(vectors, None, g, coefficients)
 
 
 class _ByKernels(Function):
@@ -223,7 +265,7 @@ class _BackByKernels(Function):
     def forward(vectors: Tensor, R: Tensor | None, g: Tensor, coefficients: Coefficients) -> Tensor:
         kernels = _kernels(coefficients, vectors, g)
         if kernels is None:
-            return _plain_back(vectors, g, coefficients)
+            return _plain_back(vectors, R, g, coefficients)
         return kernels.build_backward(vectors, R, g, coefficients)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -234,15 +276,15 @@ class _BackByKernels(Function):
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Any:  # type: ignore[override]
-        plain = partial(_plain_back, coefficients=ctx.coefficients)
-        by_vectors, by_g = torch.func.vjp(plain, *ctx.saved_tensors)[1](G)
+        again = partial(_again, coefficients=ctx.coefficients)
+        by_vectors, by_g = torch.func.vjp(again, *ctx.saved_tensors)[1](G)
         return by_vectors, None, by_g, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, _: Any, tg: Tensor | None, *__: Any) -> Tensor:  # type: ignore[override]
         # By two pullbacks: torch has no jvp inside of forward-mode autograd.
-        plain = partial(_plain_back, coefficients=ctx.coefficients)
-        pulled: Any = torch.func.vjp(plain, *ctx.saved_tensors)
+        again = partial(_again, coefficients=ctx.coefficients)
+        pulled: Any = torch.func.vjp(again, *ctx.saved_tensors)
         value, pull = pulled
         given = [
             torch.zeros_like(t) if d is None else d
