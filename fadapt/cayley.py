@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._function import applied, direct
-from fadapt.kernels.eager import forward_twice, oft_kernels, readable, usable
+from fadapt.kernels.eager import forward_twice, oft_kernels, readable, traced, usable
 from fadapt.kernels.oft_ops import Coefficients, series_of, stacked
 
 
 def rotation(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
     """R of ``vectors``, in their dtype; differentiable any number of times, by every transform."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or forward_twice():
+    if traced() or forward_twice():
         return plain(vectors, coefficients)
     return _by_kernels(vectors, coefficients)  # type: ignore[no-any-return]
 
@@ -36,8 +35,7 @@ def rotations(vectors: Sequence[Tensor], coefficients: Coefficients) -> Sequence
     looked_at = (
         torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
+        or traced()
     )
     if looked_at or not torch.is_grad_enabled():
         counts = [v.shape[-2] for v in vectors]

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.bases import Base
 from fadapt.bases.precision import without_autocast
 from fadapt.cayley import eye_like, inverses, plain, rotations, size_of
 from fadapt.cayley import rotation as by_device
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.eager import traced
 from fadapt.kernels.oft_ops import turn
 from fadapt.kernels.oft_turn import fuses, large, rotate, turn_by
 from fadapt.method import ready, to_merge
@@ -356,12 +356,7 @@ class OFT:
         # of the vector, and what the series leaves out is at most 2 t^terms.
         square = vectors.detach().square().sum(-1)
         converges = square <= (SERIES_TOLERANCE / 2) ** (2 / self.terms)
-        traced = (
-            torch._C._are_functorch_transforms_active()
-            or torch.compiler.is_compiling()
-            or is_in_torch_dispatch_mode()  # make_fx, and so torch.func.linearize
-        )
-        if not traced:
+        if not (torch._C._are_functorch_transforms_active() or traced()):
             if bool(converges.all()):
                 return build(vectors, self._series())
             if not bool(converges.any()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fadapt as fa
-from fadapt.cayley import plain
+from fadapt.cayley import plain, rotation
 from fadapt.kernels import oft_cpu, oft_loops
 from fadapt.kernels.oft_bodies import ROWS
 from fadapt.kernels.oft_ops import turn
@@ -175,9 +175,10 @@ def test_the_same_without_numba(cayley: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_numba_there_are_none():
-    hide = "import sys; sys.modules['numba'] = None\n"
     code = "from fadapt.kernels import oft_cpu; assert oft_cpu._loops() is None"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", hide + code], check=True)
+    for before in ("sys.modules['numba'] = None", "os.environ['NUMBA_DISABLE_JIT'] = '1'"):
+        given = f"import os, sys; {before}; {code}"
+        subprocess.run([sys.executable, "-W", "ignore", "-c", given], check=True)
 
 
 def test_a_merge_compiles_nothing():
@@ -188,3 +189,67 @@ fa.merge(model, {"": fa.OFTParams(0.01 * torch.ones(2, 496))}, method)
 assert "numba" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("coefficients", [None, OWN], ids=["exact", "series"])
+def test_numbers_that_are_not_at_their_address(coefficients: Any):
+    v, x = gaussian(4, 28) / 20, gaussian(5, 32, seed=1)
+    R = oft_loops.build(v, coefficients)
+    outlived: list[Tensor] = []
+
+    def leaking(t: Tensor) -> Tensor:
+        outlived.append(-t)
+        return t.sum()
+
+    def views(t: Tensor) -> list[Tensor]:
+        """-t, three times."""
+        torch.func.grad(leaking)(t)
+        stepped = torch.complex(torch.zeros_like(t), t).conj().imag
+        return [torch._neg_view(t), outlived.pop(), stepped]
+
+    for record in (False, True):
+        with torch.set_grad_enabled(record):
+            want = oft_cpu.turned(-x, -v, coefficients)
+            for minus_x, minus_v in zip(views(x), views(v), strict=True):
+                assert close(oft_cpu.turned(minus_x, minus_v, coefficients), want)
+                assert close(rotation(minus_v, coefficients), R.mT)
+            for minus_R in views(R):
+                assert close(oft_cpu.rotate(x, minus_R), -oft_cpu.rotate(x, R))
+    leaf = v.requires_grad_()
+    zeros = [torch._efficientzerotensor(t.shape) for t in (x, v)]
+    assert not oft_cpu.rotate(zeros[0], R).any()
+    assert torch.equal(rotation(zeros[1], coefficients), torch.eye(8).expand(4, 8, 8))
+    (slope,) = torch.autograd.grad(oft_cpu.turned(x, leaf, coefficients), leaf, zeros[0])
+    assert not slope.any()
+
+
+# Of shapes, which a trace has for numbers that could change.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("cayley", fa.oft.CAYLEY)
+def test_a_trace_of_torch_has_all_of_it(cayley: str):
+    method, layer = fa.OFT(block_size=8, cayley=cayley), torch.nn.Linear(32, 5)
+    params, x = {"": fa.OFTParams(gaussian(4, 28) / 40)}, gaussian(3, 32)
+    forward = fa.bind(layer, method)
+    for given in (params, forward.prepare(params)):
+        with torch.no_grad():  # else a Function, as which it is kept, runs in Python
+            trace = torch.jit.trace(lambda x, p=given: forward(p, x), x, check_trace=False)
+        assert "aten::empty" not in str(trace.graph)  # of which the result could be left there
+        assert close(trace(2 - x), forward(given, 2 - x))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+@pytest.mark.parametrize("cayley", fa.oft.CAYLEY)
+def test_an_input_of_another_width_is_refused(cayley: str, rows: int):
+    method, base = fa.OFT(block_size=8, cayley=cayley), fa.base_of(torch.nn.Linear(32, 5))
+    params = fa.OFTParams(gaussian(rows, 28) / 40)
+    prepared = fa.OFTRotation(method.rotation(params))
+    weight = base.dequantize()
+    for given in (params, prepared):
+        for call in (
+            lambda p: method.apply(base, p, gaussian(3, 32)),
+            lambda p: method.merge(weight, p),
+            lambda p: method.unmerge(weight, p),
+        ):
+            with pytest.raises(RuntimeError, match="size"):
+                call(given)

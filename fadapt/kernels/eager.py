@@ -24,16 +24,15 @@ def _triton() -> bool:
     return found and compiler is not None and torch.version.hip is None
 
 
+def traced() -> bool:
+    """Whether all that is computed must be an operation of torch, which is written down or looked
+    at: by the compiler, by a mode (``make_fx``, ``FlopCounterMode``), by ``torch.jit.trace``."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._is_tracing()
+
+
 def usable(x: Tensor, y: Tensor) -> bool:
-    """Whether a Function whose body is a kernel can take these: on a GPU, and nothing compiles or
-    looks on (``make_fx``, ``FlopCounterMode``)."""
-    return (
-        x.is_cuda
-        and y.is_cuda
-        and _triton()
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
+    """Whether a Function whose body is a kernel can take these: on a GPU, and nothing traces."""
+    return x.is_cuda and y.is_cuda and _triton() and not traced()
 
 
 def forward_twice() -> bool:
@@ -51,18 +50,28 @@ def oft_kernels() -> Any:
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether a kernel can read these in a Function's body: no wrappers of a transform or tracer.
+    """Whether a kernel can read these in a Function's body: what lies at their addresses is what
+    they are.
 
-    ``torch.func`` never hands one to a body, but the vmap inside ``torch.autograd`` does
-    (``is_grads_batched=True``).
+    Not so of a wrapper of a transform or tracer. ``torch.func`` never hands one to a body, but the
+    vmap inside ``torch.autograd`` does (``is_grads_batched=True``), and what has outlived its
+    transform is one. Nor of zeros that forward-mode AD has not written, or of numbers that torch
+    has yet to negate.
     """
     for t in tensors:
-        if type(t) not in _PLAIN or torch._C._functorch.is_legacy_batchedtensor(t):
+        if (
+            type(t) not in _PLAIN
+            or _functorch.is_functorch_wrapped_tensor(t)
+            or _functorch.is_legacy_batchedtensor(t)
+            or t.is_neg()
+            or t._is_zerotensor()
+        ):
             return False
     return True
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_functorch = torch._C._functorch
 # Kernels as Triton compiled them, ready for a grid, by all that it compiles them for. To look that
 # up here costs a third of what Triton's own call does, and a small step is bound by its launches.
 _compiled: dict[Any, Any] = {}

@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def runs(x: Tensor) -> bool:
     """Whether the body of an op may hand ``x``, and what is frozen beside it, to a Triton kernel:
     one can run here, and x is no wrapper of a transform."""
-    return usable(x, x) and readable(x) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return usable(x, x) and readable(x)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 4) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fadapt.bases.precision import gemm_dtype
 from fadapt.cayley import size_of
 from fadapt.kernels.oft_fused import fused
-from fadapt.kernels.oft_ops import Coefficients, ops, series_of
+from fadapt.kernels.oft_ops import Coefficients, fits, ops, series_of
 
 MOST = 256  # of a block, for the loops: larger ones fill a core's cache
 
@@ -64,7 +64,7 @@ def turns(x: Tensor, vectors: Tensor, coefficients: Coefficients) -> bool:
     are the cheaper."""
     size = size_of(vectors.shape[-1])
     rows, most = x.numel() // (size * vectors.shape[:-1].numel()), size * (1 if coefficients else 2)
-    known = series_of(coefficients) is not None
+    known = series_of(coefficients) is not None and fits(x, vectors.shape[-2], size)
     return rows <= most and known and loops(size, x, vectors) is not None
 
 

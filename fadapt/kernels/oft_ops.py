@@ -151,6 +151,13 @@ def apart(x: Tensor, size: int, lead: Sequence[int]) -> Tensor:
     return x.reshape(*lead, -1, x.shape[-1] // size, size).transpose(-2, -3)
 
 
+def fits(x: Tensor, r: int, size: int) -> bool:
+    """Whether x's rows are r blocks, or any number of one that all share: of others torch would
+    raise, where a kernel reads and leaves what it finds."""
+    width = x.shape[-1]
+    return width == r * size or (r == 1 and width % size == 0)
+
+
 def unrecorded(*tensors: Tensor) -> bool:
     """Whether nothing differentiates or maps over what is done with these."""
     return (

@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt.kernels import oft_cpu
-from fadapt.kernels.eager import forward_twice, oft_kernels, usable
+from fadapt.kernels.eager import forward_twice, oft_kernels, traced, usable
 from fadapt.kernels.oft_fused import watched
-from fadapt.kernels.oft_ops import Coefficients, turn
+from fadapt.kernels.oft_ops import Coefficients, fits, turn
 
 LARGE = 2**16  # elements
 
@@ -15,7 +14,7 @@ LARGE = 2**16  # elements
 def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     """``x R`` in x's dtype, for x ``[..., in]`` and blocks ``[r, b, b]``, r being ``in / b`` or 1;
     or blocks ``[k, r, b, b]``, of which each takes a kth of x's rows."""
-    if forward_twice():
+    if forward_twice() or not fits(x, *blocks.shape[-3:-1]):
         return turn(x, blocks)
     if x.is_cpu:
         return oft_cpu.rotate(x, blocks) if _eager() else turn(x, blocks)  # type: ignore[no-any-return]
@@ -56,5 +55,4 @@ def fuses(vectors: Tensor, coefficients: Coefficients) -> bool:
 
 def _eager() -> bool:
     """On a CPU. Autocast knows plain torch alone."""
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    return not traced and not torch.is_autocast_enabled("cpu")
+    return not traced() and not torch.is_autocast_enabled("cpu")

@@ -16,6 +16,9 @@ from numba import types
 from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
+if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT=1
+    raise ImportError("numba is told to compile nothing")
+
 # A function that other compiled ones call, and Python does not.
 inner = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
