@@ -1,5 +1,7 @@
 """Aqlm: both layouts of the codes, AQLM's own numbers, and derivatives where AQLM's are wrong."""
 
+import warnings
+
 import pytest
 import torch
 from aqlm.utils import _dequantize_weight, unpack_int_data
@@ -140,6 +142,15 @@ def test_a_tracer_sees_the_product():
     traced = make_fx(lambda x: base.linear(x))(x)
     # Sums of 64 float32 products, in another order.
     torch.testing.assert_close(traced(2 * x), base.linear(2 * x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_trace_of_torch_sees_it_too():
+    base = fa.base_of(quantized())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and warns of shapes
+        traced = torch.jit.trace(base.linear, x, check_trace=False)
+        torch.testing.assert_close(traced(2 * x), base.linear(2 * x), rtol=1e-5, atol=1e-5)
 
 
 def test_rows():

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from aqlm import QuantizedLinear
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fadapt._pytree import frozen_pytree
 from fadapt.bases.aqlm_codes import decode, read_codes
@@ -18,6 +17,7 @@ from fadapt.bases.op import FrozenLinear, is_batched
 from fadapt.bases.precision import autocast_input, gemm_dtype
 from fadapt.bases.protocol import register_base, register_state
 from fadapt.errors import AdapterError, ConfigError
+from fadapt.kernels.eager import traced
 
 
 @frozen_pytree
@@ -209,8 +209,8 @@ def _fast(
     """The product by the loops for CPUs, in float32; None where they do not apply."""
     if not x.is_cpu or x.dtype == torch.float64:
         return None
-    if torch.compiler.is_compiling() or is_batched(x) or is_in_torch_dispatch_mode():
-        return None  # make_fx would keep what a loop returns as a constant
+    if traced() or is_batched(x):
+        return None  # what traces would keep what a loop returns as a constant
     from fadapt.kernels import aqlm_cpu
 
     rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous()  # a slice of another
