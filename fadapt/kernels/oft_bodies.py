@@ -241,7 +241,7 @@ def _sum(powers: int, c: Any, step: int, out: int, b: int) -> None:
             y[i] = c[0] * x[i] + c[1] * x2[i] + c[2] * x3[i]
 
 
-@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@numba.njit(error_model="numpy", fastmath={"reassoc", "contract"})
 def _squares(x: Any) -> Any:
     total = np.float32(0)
     for i in range(len(x)):
