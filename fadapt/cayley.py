@@ -165,7 +165,7 @@ def plain(vectors: Tensor, coefficients: Coefficients = None) -> Tensor:
 
 
 def _derivative(X: Tensor, E: Tensor, coefficients: Coefficients) -> Tensor:
-    """The derivative of R at X in the direction E; at X^T, its adjoint."""
+    """The derivative of R at X in the direction E."""
     if coefficients is None:
         half = cayley(X) + eye_like(X)
         return half @ E @ half / -2
@@ -201,8 +201,8 @@ def _series_back(Q: Tensor, g: Tensor, c: Sequence[float]) -> Tensor:
     ``-(G + G^T) Q`` does: one product for two. In all 4 products for five terms, where autograd
     takes 6.
     """
-    if len(c) < 3:
-        return c[1] * g if len(c) == 2 else torch.zeros_like(g)
+    if len(c) == 2:
+        return c[1] * g
     P, eye, even = Q @ Q, eye_like(Q), len(c) % 2 == 1
     sums: list[Tensor] = []  # A_top, ..., A_1
     for j in range(len(c) // 2 - 1, 0, -1):

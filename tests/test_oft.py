@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 import fadapt as fa
 import fadapt.cayley
+import fadapt.oft
 from fadapt.cayley import polynomial, rotation, skew
 from fadapt.errors import AdapterError, ConfigError
 from fadapt.kernels import oft_cpu
@@ -178,7 +179,11 @@ def test_the_rotation_does_not_lose_digits_under_autocast():
         assert torch.equal(method.rotation(params), want)
 
 
-@pytest.mark.parametrize("coefficients", [None, (1.0, -2.0, 2.0, -2.0)], ids=["exact", "series"])
+@pytest.mark.parametrize(
+    "coefficients",
+    [None, (1.0, -2.0), (1.0, 2.0, 1.0), *[(1.0, *[-2.0, 2.0] * 3)[:n] for n in (4, 5, 6, 7)]],
+    ids=str,
+)
 def test_every_derivative_by_loops_is_the_plain_one(coefficients: Any):
     vectors = gaussian((7, 6), std=0.3).double()
 
@@ -235,6 +240,20 @@ def test_the_exact_form_by_products_is_a_rotation_to_the_last_digit(size: int, n
     assert (R - want).abs().max() <= digits * EPS
     assert (R.double() @ R.mT.double() - torch.eye(size)).abs().max() <= digits * EPS
     assert torch.equal(fadapt.cayley.rotation(0 * vectors), torch.eye(size).expand_as(R))
+
+
+@pytest.mark.parametrize("options", [{}, {"cayley": "auto"}, {"coft": True, "eps": 0.1}], ids=str)
+def test_a_merge_a_few_blocks_at_a_time_is_the_same(options: Any, monkeypatch: Any):
+    layer, method = nn.Linear(20, 3), fa.OFT(block_size=4, **options)
+    params = {"": fa.OFTParams(gaussian((5, 6), std=0.2))}
+    want = fa.merge(layer, params, method)
+    monkeypatch.setattr(fadapt.oft, "MERGED", 2 * 4**2)  # two blocks, and one is left
+    got = fa.merge(layer, params, method)
+    assert torch.equal(got["weight"], want["weight"])
+    x = gaussian((7, 20), seed=1)
+    y, forward = functional_call(layer, got, x), fa.bind(layer, method)
+    # Sums of 20 products of order 1, in another order.
+    assert (y - forward(params, x)).abs().max() <= 20 * EPS
 
 
 def test_large_blocks_of_several_threads_come_to_an_end():

@@ -28,6 +28,8 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, digits: float = 16) -> bool:
+    """Up to ``digits`` eps of the largest element: 16 for a few products, one after the other, of
+    sums of at most some hundred terms, whose roundings add up as their square root."""
     return bool((got - want).abs().max() <= digits * EPS * want.abs().max())
 
 

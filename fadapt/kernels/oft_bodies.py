@@ -57,8 +57,6 @@ def outer(numbers: Any) -> None:
     start, stop = share(k * r)
     for i in range(start, stop):
         to = out + 4 * i * b * b
-        if t == 0:
-            floats(to, b * b)[:] = 0
         if R:
             across(R + 4 * (i // r if shared else i) * b * b, b, turned, b, b, b, 1.0, False)
         for first in range(0, t, ROWS):

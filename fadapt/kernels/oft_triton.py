@@ -203,6 +203,26 @@ def _gram(a, b):
 
 
 @triton.jit
+def _over_rows(
+    x, g, dx, back, k, block, t, wide,
+    needs_x: tl.constexpr, size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
+):  # fmt: skip
+    """``x^T g`` of one block, over all rows; and ``g back`` into dx, if x needs a gradient."""
+    j = tl.arange(0, tile)[None, :]
+    total = tl.zeros((tile, tile), tl.float32)
+    for start in range(0, t, rows):
+        row = (start + tl.arange(0, rows)).to(tl.int64)[:, None]
+        inside = (row < t) & (j < size)
+        place = (k * t + row) * wide + block * size + j
+        a = tl.load(x + place, mask=inside, other=0.0)
+        b = tl.load(g + place, mask=inside, other=0.0)
+        if needs_x:
+            tl.store(dx + place, _turned(b, back), mask=inside)
+        total += _gram(a, b)
+    return total
+
+
+@triton.jit
 def rotate(
     x, R, y, t, wide, R_k, R_r, R_i, R_j,
     size: tl.constexpr, tile: tl.constexpr, rows: tl.constexpr,
@@ -233,16 +253,7 @@ def rotate_back(
     j = tl.arange(0, tile)[None, :]
     at = R + k * R_k + block * R_r + j * R_i + i * R_j
     back = tl.load(at, mask=(i < size) & (j < size), other=0.0).to(tl.float32)
-    total = tl.zeros((tile, tile), tl.float32)
-    for start in range(0, t, rows):
-        row = (start + tl.arange(0, rows)).to(tl.int64)[:, None]
-        inside = (row < t) & (j < size)
-        place = (k * t + row) * wide + block * size + j
-        a = tl.load(x + place, mask=inside, other=0.0)
-        b = tl.load(g + place, mask=inside, other=0.0)
-        if needs_x:
-            tl.store(dx + place, _turned(b, back), mask=inside)
-        total += _gram(a, b)
+    total = _over_rows(x, g, dx, back, k, block, t, wide, needs_x, size, tile, rows)
     at, inside = at_of(i, j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)
 
@@ -256,14 +267,7 @@ def outer(
     block = tl.program_id(0)
     k = tl.program_id(1).to(tl.int64)
     j = tl.arange(0, tile)[None, :]
-    total = tl.zeros((tile, tile), tl.float32)
-    for start in range(0, t, rows):
-        row = (start + tl.arange(0, rows)).to(tl.int64)[:, None]
-        inside = (row < t) & (j < size)
-        place = (k * t + row) * wide + block * size + j
-        a = tl.load(x + place, mask=inside, other=0.0)
-        b = tl.load(g + place, mask=inside, other=0.0)
-        total += _gram(a, b)
+    total = _over_rows(x, g, out, 0, k, block, t, wide, False, size, tile, rows)
     at, inside = at_of(tl.arange(0, tile)[:, None], j, size)
     tl.store(out + (k * (wide // size) + block) * size * size + at, total, mask=inside)
 
@@ -305,16 +309,7 @@ def turn_back(
     eye = tl.where((i == j) & within, 1.0, 0.0)
     Q = sign * skewed(vectors + n * length, i, j, size)
     back = series(-Q, eye, last, degree)
-    total = tl.zeros((tile, tile), tl.float32)
-    for start in range(0, t, rows):
-        row = (start + tl.arange(0, rows)).to(tl.int64)[:, None]
-        inside = (row < t) & (j < size)
-        place = (k * t + row) * wide + block * size + j
-        a = tl.load(x + place, mask=inside, other=0.0)
-        b = tl.load(g + place, mask=inside, other=0.0)
-        if needs_x:
-            tl.store(dx + place, _turned(b, back), mask=inside)
-        total += _gram(a, b)
+    total = _over_rows(x, g, dx, back, k, block, t, wide, needs_x, size, tile, rows)
     sums = spare + n * ((degree - 1) // 2) * size * size
     S = sign * series_back(Q, total, eye, sums, at, within, last, degree, size)
     fold(S, out + n * length, i, j, size)
